@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every default of a run, with meaning and unit, and the checks that refuse an impossible one.
+
+A file in `configs/` is a short diff of `get_config()`. Fields that name code (`module:name`) are
+resolved by `load_object`, so a user's own kind, reward, algorithm, executor or prompt set needs no
+change of this package.
+"""
+
+from collections.abc import Callable
+import difflib
+import importlib
+from typing import Any
+
+import ml_collections
+
+ConfigDict = ml_collections.ConfigDict
+
+
+class ConfigError(ValueError):
+  """A config value that cannot work; the message names the field, the value and what is allowed."""
+
+
+def get_config() -> ConfigDict:
+  """The default run: SmolLM2-135M on whatever devices there are, preset `azr`."""
+  c = ConfigDict()
+  c.seed = 0
+  # The preset this config started from; part of every record. See `presets`.
+  c.preset = 'azr'
+
+  c.model = ConfigDict()
+  # Directory, .gguf file, HF id, alias, or 'random:FAMILY[,key=value...]' (tests).
+  c.model.name = 'smollm2-135m-instruct'
+  # Arithmetic of the forward pass: 'float32' or 'bfloat16'.
+  c.model.dtype = 'float32'
+  # Stored weights and gradients' target: 'float32' or 'bfloat16'.
+  c.model.param_dtype = 'float32'
+  # '' takes the model's own; otherwise a directory, file or 'bytes'.
+  c.model.tokenizer = ''
+  # 'none', 'full', 'dots': what the backward pass recomputes.
+  c.model.remat = 'full'
+  # Attention call: 'xla' (any platform) or 'cudnn' (NVIDIA).
+  c.model.attention = 'xla'
+
+  # Who plays which part: 'policy' (trained) or 'base' (the weights at the start, frozen).
+  c.roles = ConfigDict()
+  c.roles.propose = 'policy'
+  c.roles.solve = 'policy'
+  # KL reference: 'none' or 'base'.
+  c.roles.reference = 'none'
+
+  # Devices per mesh axis; one of them may be -1 (all that are left).
+  c.mesh = ConfigDict()
+  c.mesh.data = -1
+  c.mesh.fsdp = 1
+  c.mesh.tensor = 1
+
+  c.selfplay = ConfigDict()
+  # Names in `tasks.KINDS`, or 'module:name'.
+  c.selfplay.kinds = ('abduction', 'deduction', 'induction')
+  # Prompt set: 'compact' (base and small models), 'think' (large ones), a directory, 'module:name'.
+  c.selfplay.prompts = 'compact'
+  # Proposals, and solved tasks, per kind and iteration (the paper's B: 64).
+  c.selfplay.batch = 64
+  # Monte-Carlo answers per valid proposal.
+  c.selfplay.mc_samples = 8
+  # References shown to a proposer (the paper's K: 6).
+  c.selfplay.references = 6
+  # Input/output pairs of an induction task; the first half is shown (the paper: 10).
+  c.selfplay.induction_cases = 10
+  # 'fresh': solve this iteration's tasks (paper); 'lagged': the previous one's (reference code).
+  c.selfplay.solve_source = 'fresh'
+  # How solver tasks are drawn: 'max_new', 'half_new', 'uniform_total', 'step'.
+  c.selfplay.draw = 'max_new'
+  # Iterations that count as new for 'max_new' and 'half_new'.
+  c.selfplay.recent_steps = 1
+  # How references are drawn: 'uniform' or 'step' (weight step + 1).
+  c.selfplay.reference_draw = 'uniform'
+  # Tasks kept per kind, and what leaves when it is full: 'ring' (oldest) or 'reservoir' (any).
+  c.selfplay.buffer_size = 16384
+  c.selfplay.eviction = 'ring'
+  # False shows the proposer no references (ablation).
+  c.selfplay.show_references = True
+  # False plays the proposer without training it (ablation).
+  c.selfplay.train_propose = True
+  # Valid proposals that enter the buffer: 'all', 'non_one' (p < 1), 'non_extremes' (0 < p < 1).
+  c.selfplay.keep = 'all'
+  # A proposal equal to a known task is refused (status 'duplicate').
+  c.selfplay.refuse_duplicates = True
+  # Seed tasks: file or directory of the reference's jsonl schema; '' starts from the zero triplet.
+  c.selfplay.seeds = ''
+
+  c.sampler = ConfigDict()
+  # Sequences decoded side by side.
+  c.sampler.slots = 64
+  # Decode steps between two looks of the host (text stops, refill).
+  c.sampler.chunk = 16
+  c.sampler.max_prompt_tokens = 6144
+  c.sampler.max_propose_tokens = 8096
+  c.sampler.max_solve_tokens = 8096
+  c.sampler.temperature = 1.0
+  c.sampler.top_k = 0       # 0 = off
+  c.sampler.top_p = 1.0
+  c.sampler.min_p = 0.0
+
+  c.executor = ConfigDict()
+  # 'local' (this host's fenced service), 'sandboxfusion', or 'module:name'.
+  c.executor.name = 'local'
+  c.executor.options = ConfigDict()   # passed to it; its own docstring says what exists
+  # Weakest fence accepted: 'full', 'standard' or 'weak'. See docs/executor.md.
+  c.executor.min_isolation = 'standard'
+  c.executor.workers = 0              # 0 = by the number of cores
+  c.executor.validate_timeout_s = 2.0
+  c.executor.score_timeout_s = 4.0
+  c.executor.memory_mb = 512
+
+  c.reward = ConfigDict()
+  c.reward.format_penalty = -1.0      # unreadable answer, or a proposal that is no task
+  c.reward.wrong_penalty = -0.5       # well-formed but wrong
+  # A valid proposal whose solve rate is 0 or 1: 0.0 (paper Eq. 4) or -0.5 (reference code).
+  c.reward.zero_learnability = 0.0
+  # 'one_minus': 1 - p, 0 at p = 0; 'inverse': 1 - p always.
+  c.reward.learnability = 'one_minus'
+  # Induction: 'binary' (all hidden cases), 'accuracy', 'if_one_correct'.
+  c.reward.induction = 'binary'
+  # Intrinsic terms {name: (coefficient, cap)}; see `rewards.INTRINSIC`.
+  c.reward.intrinsic = ConfigDict()
+  c.reward.combine = 'sum'            # 'sum', 'multiply', 'sum_multiply', 'multiply_sum'
+
+  c.algorithm = ConfigDict()
+  # Estimator: a key of `reinforce.ESTIMATORS` or 'module:name'.
+  c.algorithm.name = 'trr_plus_plus'
+  c.algorithm.clip_low = 0.2
+  c.algorithm.clip_high = 0.2
+  c.algorithm.dual_clip = 0.0         # 0 = off
+  # 'token', 'sequence', 'constant', 'role_microbatch' (reference code; spec section 8).
+  c.algorithm.aggregation = 'role_microbatch'
+  c.algorithm.aggregation_rows = 16   # rows per slice of 'role_microbatch'
+  c.algorithm.entropy_coef = 0.0
+  c.algorithm.kl_coef = 0.0           # needs roles.reference = 'base'
+  c.algorithm.kl_kind = 'k3'          # 'k1', 'k2', 'k3'
+  c.algorithm.kl_in = 'loss'          # 'loss' or 'reward'
+  # 'current': ratio 1, no extra forward (one update per batch); 'recompute'; 'sampler'.
+  c.algorithm.old_logprobs = 'current'
+  # Sampler/trainer importance weights: 'none', 'truncate', 'mask'; and the bound.
+  c.algorithm.importance = 'none'
+  c.algorithm.importance_cap = 2.0
+
+  c.optimizer = ConfigDict()
+  c.optimizer.learning_rate = 1e-6
+  c.optimizer.warmup_steps = 0
+  c.optimizer.schedule = 'constant'   # 'constant' or 'cosine' (to zero at train.steps)
+  c.optimizer.b1 = 0.9
+  c.optimizer.b2 = 0.999
+  c.optimizer.eps = 1e-8
+  c.optimizer.weight_decay = 0.0
+  c.optimizer.clip_norm = 1.0
+  c.optimizer.moment_dtype = 'float32'
+
+  c.train = ConfigDict()
+  c.train.steps = 500
+  # Tokens of one micro-batch (rows x padded length).
+  c.train.micro_batch_tokens = 4096
+
+  # LoRA adapters instead of full weights; rank 0 = off.
+  c.lora = ConfigDict()
+  c.lora.rank = 0
+  c.lora.alpha = 16.0
+  c.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every_steps = 10
+  c.checkpoint.keep = 2
+  # Write the policy as a HF directory at the end (workdir/export).
+  c.checkpoint.export = True
+
+  c.log = ConfigDict()
+  c.log.every_steps = 1
+  c.log.samples = 2                   # texts shown per kind and role
+  c.log.profile_step = -1             # write a jax.profiler trace of this iteration; -1 = none
+  return c
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+  """Reads the part after ':' of `--config FILE:a,b=3`; a bare name is True, unknown names raise."""
+  out = ConfigDict(defaults)
+  for item in filter(None, (arg or '').split(',')):
+    name, _, value = item.partition('=')
+    if name not in defaults:
+      raise ConfigError(
+          f'config argument {name!r} is unknown; this file takes: {", ".join(defaults) or "none"}.')
+    default = defaults[name]
+    if isinstance(default, bool):
+      if value.lower() not in ('', 'true', 'false', '1', '0'):
+        raise ConfigError(f'config argument {name}={value!r} must be true or false.')
+      out[name] = value.lower() in ('', 'true', '1')
+    else:
+      try:
+        out[name] = type(default)(value)
+      except ValueError:
+        raise ConfigError(
+            f'config argument {name}={value!r} must be of type {type(default).__name__}.') from None
+  return out
+
+
+def load_object(name: str, known: dict[str, Any], field: str) -> Any:
+  """Returns `known[name]`, or what 'module:name' points at; `field` is named in the error."""
+  if ':' not in name:
+    if name in known:
+      return known[name]
+    raise ConfigError(f'{field}={name!r} is unknown; allowed: {", ".join(sorted(known))}, '
+                      f"or your own as 'module:name'.{_did_you_mean(name, known)}")
+  module, _, attribute = name.partition(':')
+  try:
+    return getattr(importlib.import_module(module), attribute)
+  except ImportError as e:
+    raise ConfigError(f'{field}={name!r}: cannot import {module!r} ({e}); is its folder on '
+                      'PYTHONPATH?') from e
+  except AttributeError:
+    raise ConfigError(f'{field}={name!r}: module {module!r} has no {attribute!r}.') from None
+
+
+def validate(c: ConfigDict) -> None:
+  """Raises `ConfigError` for the first field that cannot work; touches no device and no file."""
+  reference = get_config()
+  _check_tree(c, reference, '')
+  for field, (claim, allowed) in _CHECKS.items():
+    value = _get(c, field)
+    if not claim(value):
+      raise ConfigError(f'{field}={value!r} is impossible; allowed: {allowed}.')
+  axes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
+  if axes.count(-1) > 1:
+    raise ConfigError(f'mesh={tuple(axes)}: only one axis may be -1 (all devices that are left).')
+  if c.algorithm.kl_coef and c.roles.reference == 'none':
+    raise ConfigError("algorithm.kl_coef > 0 needs a reference: set roles.reference='base'.")
+  if c.selfplay.train_propose and c.roles.propose == 'base':
+    raise ConfigError("roles.propose='base' plays the frozen weights, which cannot be trained: "
+                      'set selfplay.train_propose=False.')
+  if c.roles.solve == 'base':
+    raise ConfigError("roles.solve='base' would leave nothing to train; allowed: 'policy'.")
+
+
+def check_field(c: ConfigDict, field: str) -> None:
+  """Raises `ConfigError` unless the dotted name `field` is a field of `c`."""
+  section, done = c, []
+  for part in field.split('.'):
+    if not isinstance(section, ConfigDict):
+      raise ConfigError(f'{field} is no config field: {".".join(done)} is a value, no section.')
+    if part not in section:
+      if '.'.join(done) in _OPEN:
+        return
+      raise ConfigError(f'{field} is no config field; allowed in {".".join(done) or "config"}: '
+                        f'{", ".join(sorted(section))}.{_did_you_mean(part, section)}')
+    section = section[part]
+    done.append(part)
+  if isinstance(section, ConfigDict) and field not in _OPEN:
+    raise ConfigError(f'{field} is a section; set one of its fields: {", ".join(sorted(section))}.')
+
+
+def to_json(c: ConfigDict) -> dict[str, Any]:
+  """A plain dict of the config, tuples as lists, for records and checkpoints."""
+  def plain(x):
+    if isinstance(x, dict):
+      return {k: plain(v) for k, v in x.items()}
+    return [plain(v) for v in x] if isinstance(x, tuple | list) else x
+  return plain(c.to_dict())
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = '') -> list[str]:
+  """Dotted names of the fields in which two `to_json` dicts differ."""
+  out = []
+  for k in sorted(set(a) | set(b)):
+    name = f'{prefix}{k}'
+    if isinstance(a.get(k), dict) and isinstance(b.get(k), dict):
+      out += differences(a[k], b[k], f'{name}.')
+    elif k not in a or k not in b or a[k] != b[k]:
+      out.append(name)
+  return out
+
+
+# Sections whose keys are free: their owners check them.
+_OPEN = ('executor.options', 'reward.intrinsic')
+
+
+def _check_tree(c: ConfigDict, reference: ConfigDict, prefix: str) -> None:
+  for key in c:
+    name = f'{prefix}{key}'
+    if key not in reference:
+      raise ConfigError(f'{name} is no config field; allowed here: '
+                        f'{", ".join(sorted(reference))}.{_did_you_mean(key, reference)}')
+    value, default = c[key], reference[key]
+    if isinstance(default, ConfigDict):
+      if not isinstance(value, ConfigDict):
+        raise ConfigError(f'{name}={value!r} must be a section with fields {sorted(default)}.')
+      if name not in _OPEN:
+        _check_tree(value, default, f'{name}.')
+    elif not _same_type(value, default):
+      raise ConfigError(f'{name}={value!r} must be of type {type(default).__name__}, '
+                        f'like the default {default!r}.')
+  for key in reference:
+    if key not in c:
+      raise ConfigError(f'{prefix}{key} is missing; start from config.get_config().')
+
+
+def _same_type(value: Any, default: Any) -> bool:
+  if isinstance(default, bool) or isinstance(value, bool):
+    return isinstance(value, bool) and isinstance(default, bool)
+  if isinstance(default, float):
+    return isinstance(value, int | float)
+  if isinstance(default, tuple):
+    return isinstance(value, tuple | list)
+  return isinstance(value, type(default))
+
+
+def _did_you_mean(name: str, options: Any) -> str:
+  close = difflib.get_close_matches(name, list(options), n=1)
+  return f' Did you mean {close[0]!r}?' if close else ''
+
+
+def _get(c: ConfigDict, field: str) -> Any:
+  for part in field.split('.'):
+    c = c[part]
+  return c
+
+
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+  return (lambda x: x in names), 'one of ' + ', '.join(repr(n) for n in names)
+
+
+def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
+  return (lambda x: x >= low), f'{low} or more'
+
+
+def _above(low: float) -> tuple[Callable[[Any], bool], str]:
+  return (lambda x: x > low), f'more than {low}'
+
+
+def _between(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
+  return (lambda x: low <= x <= high), f'{low} to {high}'
+
+
+_AXIS = ((lambda x: x == -1 or x >= 1), '1 or more, or -1 for all devices that are left')
+_DTYPE = _one_of('float32', 'bfloat16')
+
+_CHECKS = {
+    'seed': _between(0, 2**31 - 1),
+    'model.name': ((lambda x: bool(x.strip())), 'a directory, a .gguf file, an HF id or an alias'),
+    'model.dtype': _DTYPE,
+    'model.param_dtype': _DTYPE,
+    'model.remat': _one_of('none', 'full', 'dots'),
+    'model.attention': _one_of('xla', 'cudnn'),
+    'roles.propose': _one_of('policy', 'base'),
+    'roles.solve': _one_of('policy', 'base'),
+    'roles.reference': _one_of('none', 'base'),
+    'mesh.data': _AXIS,
+    'mesh.fsdp': _AXIS,
+    'mesh.tensor': _AXIS,
+    'selfplay.kinds': ((lambda x: len(x) > 0 and all(isinstance(k, str) for k in x)
+                        and len(set(x)) == len(x)), 'one or more distinct names of task kinds'),
+    'selfplay.batch': _at_least(1),
+    'selfplay.mc_samples': _at_least(1),
+    'selfplay.references': _at_least(0),
+    'selfplay.induction_cases': _at_least(2),
+    'selfplay.solve_source': _one_of('fresh', 'lagged'),
+    'selfplay.draw': _one_of('max_new', 'half_new', 'uniform_total', 'step'),
+    'selfplay.recent_steps': _at_least(1),
+    'selfplay.reference_draw': _one_of('uniform', 'step'),
+    'selfplay.buffer_size': _at_least(1),
+    'selfplay.eviction': _one_of('ring', 'reservoir'),
+    'selfplay.keep': _one_of('all', 'non_one', 'non_extremes'),
+    'sampler.slots': _at_least(1),
+    'sampler.chunk': _at_least(1),
+    'sampler.max_prompt_tokens': _at_least(1),
+    'sampler.max_propose_tokens': _at_least(1),
+    'sampler.max_solve_tokens': _at_least(1),
+    'sampler.temperature': _above(0),
+    'sampler.top_k': _at_least(0),
+    'sampler.top_p': ((lambda x: 0 < x <= 1), 'more than 0, at most 1'),
+    'sampler.min_p': ((lambda x: 0 <= x < 1), '0 or more, less than 1'),
+    'executor.min_isolation': _one_of('full', 'standard', 'weak'),
+    'executor.workers': _at_least(0),
+    'executor.validate_timeout_s': _above(0),
+    'executor.score_timeout_s': _above(0),
+    'executor.memory_mb': _at_least(64),
+    'reward.learnability': _one_of('one_minus', 'inverse'),
+    'reward.induction': _one_of('binary', 'accuracy', 'if_one_correct'),
+    'reward.combine': _one_of('sum', 'multiply', 'sum_multiply', 'multiply_sum'),
+    'algorithm.clip_low': _between(0, 1),
+    'algorithm.clip_high': _at_least(0),
+    'algorithm.dual_clip': ((lambda x: x == 0 or x > 1), '0 (off) or more than 1'),
+    'algorithm.aggregation': _one_of('token', 'sequence', 'constant', 'role_microbatch'),
+    'algorithm.aggregation_rows': _at_least(1),
+    'algorithm.entropy_coef': _at_least(0),
+    'algorithm.kl_coef': _at_least(0),
+    'algorithm.kl_kind': _one_of('k1', 'k2', 'k3'),
+    'algorithm.kl_in': _one_of('loss', 'reward'),
+    'algorithm.old_logprobs': _one_of('current', 'recompute', 'sampler'),
+    'algorithm.importance': _one_of('none', 'truncate', 'mask'),
+    'algorithm.importance_cap': _above(0),
+    'optimizer.learning_rate': _at_least(0),
+    'optimizer.warmup_steps': _at_least(0),
+    'optimizer.schedule': _one_of('constant', 'cosine'),
+    'optimizer.b1': ((lambda x: 0 <= x < 1), '0 or more, less than 1'),
+    'optimizer.b2': ((lambda x: 0 <= x < 1), '0 or more, less than 1'),
+    'optimizer.eps': _above(0),
+    'optimizer.weight_decay': _at_least(0),
+    'optimizer.clip_norm': _above(0),
+    'optimizer.moment_dtype': _DTYPE,
+    'train.steps': _at_least(1),
+    'train.micro_batch_tokens': _at_least(1),
+    'lora.rank': _at_least(0),
+    'lora.alpha': _above(0),
+    'checkpoint.every_steps': _at_least(1),
+    'checkpoint.keep': _at_least(1),
+    'log.every_steps': _at_least(1),
+    'log.samples': _at_least(0),
+}

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SmolLM2-135M-Instruct on a laptop CPU: three iterations of real self-play.
+
+python -m absolute_zero_jax.main --config configs/smollm2.py --workdir runs/smollm2
+
+Hardware: 2 CPU cores, 6 GiB. Longer: --config.train.steps=100. What came out is in README.md.
+"""
+
+from absolute_zero_jax import config as base
+
+
+def get_config(arg=None):
+  base.parse_arg(arg)
+  c = base.get_config()
+  c.train.steps = 3
+  c.train.micro_batch_tokens = 4096
+  c.selfplay.batch = 8
+  c.selfplay.mc_samples = 4
+  c.selfplay.references = 2
+  c.selfplay.induction_cases = 4
+  c.sampler.slots = 32
+  c.sampler.max_prompt_tokens = 768
+  c.sampler.max_propose_tokens = 160
+  c.sampler.max_solve_tokens = 96
+  # Sharper than 1: at T = 1 a model of this size seldom writes a program that runs.
+  c.sampler.temperature = 0.9
+  c.executor.validate_timeout_s = 1.0
+  c.executor.score_timeout_s = 2.0
+  c.executor.memory_mb = 256
+  c.optimizer.learning_rate = 1e-5
+  c.checkpoint.every_steps = 1
+  return c

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight CPU devices before JAX is imported, strict rank promotion, and the shared-data fixture."""
+
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+_FLAGS = os.environ.get('XLA_FLAGS', '')
+if 'host_platform_device_count' not in _FLAGS:
+  os.environ['XLA_FLAGS'] = f'{_FLAGS} --xla_force_host_platform_device_count=8'.strip()
+os.environ.setdefault('JAX_NUMPY_RANK_PROMOTION', 'raise')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+import pytest  # noqa: E402
+
+_DATA = os.environ.get('AZJ_SHARED_DATA') or (
+    pathlib.Path(__file__).resolve().parents[1].parent / 'shared' / 'data')
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> pathlib.Path:
+  """Folder with real seed tasks, CRUXEval and hostile programs; skips where it is absent."""
+  path = pathlib.Path(_DATA)
+  if not path.is_dir():
+    pytest.skip(f'no shared data at {path}; set AZJ_SHARED_DATA to a folder that has it')
+  return path

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs refuse what cannot work, by field name, before any work; every shipped file is valid."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from absolute_zero_jax import config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / 'configs').glob('*.py'))
+
+
+def _load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+def test_shipped_configs_are_valid_and_documented(path):
+  module = _load(path)
+  c = module.get_config()
+  config.validate(c)
+  assert f'--config configs/{path.name}' in module.__doc__
+
+
+@pytest.mark.parametrize('field, value, words', [
+    ('train.steps', 0, '1 or more'),
+    ('train.steps', 'ten', 'type int'),
+    ('sampler.top_p', 0.0, 'more than 0'),
+    ('sampler.temperature', 0.0, 'more than 0'),
+    ('optimizer.b2', 1.0, 'less than 1'),
+    ('selfplay.kinds', (), 'one or more'),
+    ('selfplay.kinds', ('deduction', 'deduction'), 'distinct'),
+    ('selfplay.solve_source', 'new', "'fresh', 'lagged'"),
+    ('mesh.tensor', 0, '-1'),
+    ('executor.min_isolation', 'none', "'standard'"),
+    ('algorithm.dual_clip', 0.5, 'more than 1'),
+])
+def test_an_impossible_value_is_named(field, value, words):
+  c = config.get_config()
+  section, _, name = field.rpartition('.')
+  with c.unlocked(), c.ignore_type():
+    c[section][name] = value
+  with pytest.raises(config.ConfigError) as e:
+    config.validate(c)
+  assert field in str(e.value) and words in str(e.value)
+
+
+def test_an_unknown_field_is_named_with_what_is_allowed():
+  c = config.get_config()
+  with c.unlocked():
+    c.train.stepz = 3
+  with pytest.raises(config.ConfigError, match=r"train\.stepz .*Did you mean 'steps'"):
+    config.validate(c)
+  with pytest.raises(config.ConfigError, match=r"selfplay\.batsh .*'batch'"):
+    config.check_field(config.get_config(), 'selfplay.batsh')
+  with pytest.raises(config.ConfigError, match='is a section'):
+    config.check_field(config.get_config(), 'train')
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'roles.propose': 'base'}, 'train_propose'),
+    ({'roles.solve': 'base'}, 'nothing to train'),
+    ({'algorithm.kl_coef': 0.1}, 'roles.reference'),
+    ({'mesh.fsdp': -1}, 'only one axis'),
+])
+def test_fields_that_contradict_each_other_are_refused(change, words):
+  c = config.get_config()
+  c.update_from_flattened_dict(change)
+  with pytest.raises(config.ConfigError, match=words):
+    config.validate(c)
+
+
+def test_file_arguments():
+  assert config.parse_arg('a,b=3', a=False, b=1).to_dict() == {'a': True, 'b': 3}
+  assert config.parse_arg(None, a=False).a is False
+  for arg, words in [('c', 'unknown'), ('b=x', 'type int'), ('a=maybe', 'true or false')]:
+    with pytest.raises(config.ConfigError, match=words):
+      config.parse_arg(arg, a=False, b=1)
+
+
+def test_objects_are_named_by_key_or_by_module():
+  known = {'one': 1}
+  assert config.load_object('one', known, 'x') == 1
+  assert config.load_object('os.path:join', known, 'x') is __import__('os').path.join
+  for name, words in [('on', "Did you mean 'one'"), ('nope_nope:f', 'PYTHONPATH'),
+                      ('os:nope', 'has no')]:
+    with pytest.raises(config.ConfigError, match=words):
+      config.load_object(name, known, 'x')
+
+
+def test_differences_name_the_fields():
+  a = config.to_json(config.get_config())
+  c = config.get_config()
+  c.train.steps, c.selfplay.kinds = 9, ('deduction',)
+  assert config.differences(a, config.to_json(c)) == ['selfplay.kinds', 'train.steps']

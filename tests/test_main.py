@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line answers a user's mistake with one paragraph, a non-zero status and no work."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def _run(*args):
+  return subprocess.run([sys.executable, '-m', 'absolute_zero_jax.main', *args], cwd=ROOT,
+                        capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize('args, words', [
+    ((), '--config is missing'),
+    (('--config', 'configs/nope.py'), 'is no file'),
+    (('--config', 'configs/smoke.py:foo'), "'foo' is unknown"),
+    (('--config', 'configs/smoke.py', '--config.train.stepz=3'), "Did you mean 'steps'"),
+    (('--config', 'configs/smoke.py', '--config.train.steps=x'), 'train.steps'),
+    (('--config', 'configs/smoke.py', '--config.train.steps=0'), 'train.steps=0 is impossible'),
+    (('--confi', 'configs/smoke.py'), 'Did you mean'),
+    (('--config', 'configs/smoke.py', 'stray'), 'is no flag'),
+])
+def test_a_bad_command_line_is_one_paragraph(args, words):
+  out = _run(*args)
+  assert out.returncode == 2
+  assert out.stderr.startswith('error: ')
+  assert words in ' '.join(out.stderr.split())
+  assert 'Traceback' not in out.stderr and len(out.stderr.splitlines()) < 12
+
+
+def test_help_and_dry_run_import_no_jax():
+  code = ('import sys; from absolute_zero_jax import main; '
+          'status = main.main(["x"] + sys.argv[1:]); '
+          'assert not [m for m in sys.modules if m.split(".")[0] in ("jax", "flax")]; '
+          'sys.exit(status)')
+  for args, words in [(['--help'], '--workdir'),
+                      (['--config', 'configs/smoke.py', '--dry_run', '--config.train.steps=7'],
+                       'steps: 7')]:
+    out = subprocess.run([sys.executable, '-c', code, *args], cwd=ROOT, capture_output=True,
+                         text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    assert words in out.stdout
