@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves and restores a whole run: weights, optimizer, keys, buffers and counters in one step.
+
+One orbax step directory holds `state` (arrays) and `host` (JSON). Orbax writes into a temporary
+directory and renames it, so a kill at any moment leaves the previous step whole; the directory may
+be remote (`gs://...`). Format versions are checked before anything is used.
+"""
+
+import json
+from typing import Any
+
+from etils import epath
+import jax
+import orbax.checkpoint as ocp
+
+from absolute_zero_jax import metrics
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+  """A workdir or checkpoint that this run cannot continue."""
+
+
+class Checkpoints:
+  """The step directories under `workdir/checkpoints`; the newest `keep` stay.
+
+  `save` returns before the bytes are on disk (they are written in the background, the arrays are
+  copied first); `wait` and `close` block until they are.
+  """
+
+  def __init__(self, workdir: str | epath.Path, *, keep: int = 2):
+    self._manager = ocp.CheckpointManager(
+        epath.Path(workdir) / 'checkpoints', item_names=('state', 'host'),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+
+  def latest(self) -> int | None:
+    """The newest complete step, or None."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
+    """`state`: a pytree of arrays (NamedTuples stay what they are); `host`: JSON-able."""
+    self._manager.save(step, force=True, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        host=ocp.args.JsonSave({'format': FORMAT} | host)))
+
+  def restore_host(self, step: int) -> dict[str, Any]:
+    host = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore())).host
+    if host.get('format') != FORMAT:
+      raise CheckpointError(f'checkpoint {step} has format {host.get("format")!r}, this version '
+                            f'reads {FORMAT}; continue it with the version that wrote it.')
+    return host
+
+  def restore_state(self, step: int, abstract: Any) -> Any:
+    """`abstract` gives structure, shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves)."""
+    return self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract))).state
+
+  def wait(self) -> None:
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def abstract_like(tree: Any) -> Any:
+  """Shapes, dtypes and shardings of a tree of arrays, without the arrays."""
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), tree)
+
+
+def claim(workdir: epath.Path, config: dict[str, Any], *, free: tuple[str, ...],
+          differences) -> None:
+  """Writes `workdir/config.json`, or checks that the run found there is the same one.
+
+  Fields in `free` (exact names or sections) may change between the parts of a run.
+
+  Raises:
+    CheckpointError: the workdir belongs to a run with another config.
+  """
+  path = workdir / 'config.json'
+  workdir.mkdir(parents=True, exist_ok=True)
+  if path.exists():
+    try:
+      found = json.loads(path.read_text())
+    except ValueError as e:
+      raise CheckpointError(f'{path} is not readable JSON ({e}); use another --workdir.') from e
+    changed = [f for f in differences(found, config)
+               if not any(f == x or f.startswith(x + '.') for x in free)]
+    if changed:
+      raise CheckpointError(
+          f'{workdir} belongs to a run with another config: {", ".join(changed)} differ. '
+          'Use another --workdir, or set these fields back to continue that run.')
+  metrics.write_atomically(path, json.dumps(config, indent=1, sort_keys=True))

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Episode records: one gzipped jsonl file per iteration under `workdir/episodes`.
+
+The one format that reports, replays and analyses read; `pandas.read_json(path, lines=True)` opens
+it. Log-probs are rounded to 6 digits; everything else is exact.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+import gzip
+import json
+from typing import Any
+
+from absolute_zero_jax.types import Episode, EPISODE_VERSION, Role, Task, Turn
+
+
+def write(directory: Any, step: int, episodes: Iterable[Episode]) -> None:
+  """Writes `directory/000042.jsonl.gz` atomically; `directory` is an `etils.epath.Path`."""
+  directory.mkdir(parents=True, exist_ok=True)
+  text = ''.join(json.dumps(to_json(e)) + '\n' for e in episodes)
+  path = directory / f'{step:06d}.jsonl.gz'
+  temporary = directory / f'.{path.name}.tmp'
+  # mtime=0: the same episodes give the same bytes.
+  temporary.write_bytes(gzip.compress(text.encode('ascii'), 3, mtime=0))
+  temporary.replace(path)
+
+
+def read(path: Any) -> list[Episode]:
+  """The episodes of one file.
+
+  Raises:
+    ValueError: the file was written by another version of the format.
+  """
+  text = gzip.decompress(path.read_bytes()).decode('ascii')
+  return [from_json(json.loads(line)) for line in text.splitlines()]
+
+
+def to_json(e: Episode) -> dict[str, Any]:
+  out = dataclasses.asdict(e)
+  out['role'] = e.role.value
+  out['advantage'] = _rounded(e.advantage)
+  for turn in out['turns']:
+    for name in ('sampler_logprobs', 'model_logprobs'):
+      turn[name] = _rounded(turn[name])
+  return out
+
+
+def from_json(d: dict[str, Any]) -> Episode:
+  if d.get('version') != EPISODE_VERSION:
+    raise ValueError(f'episode record of version {d.get("version")!r}; '
+                     f'this package reads {EPISODE_VERSION}.')
+  turns = tuple(Turn(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()})
+                for t in d['turns'])
+  task = None if d['task'] is None else task_from_json(d['task'])
+  return Episode(**d | {'role': Role(d['role']), 'turns': turns, 'task': task,
+                        'advantage': tuple(d['advantage'])})
+
+
+def task_from_json(d: dict[str, Any]) -> Task:
+  return Task(**d | {'cases': tuple((i, o) for i, o in d['cases'])})
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+  return [float(f'{v:.6g}') for v in values]

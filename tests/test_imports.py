@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which room may import which, read from the source; and that executor processes hold no JAX."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+PACKAGE = pathlib.Path(__file__).resolve().parents[1] / 'absolute_zero_jax'
+_DEVICE = {'sharding', 'models', 'sampler', 'sampling', 'logprobs', 'reinforce', 'losses',
+           'learner', 'lora'}
+_HOST = {'tasks', 'rewards', 'buffer', 'tokenizer', 'tokenizer_gguf', 'records'}
+ALLOWED = {                              # room -> rooms it may import
+    'types': set(), 'config': set(),
+    'executor': {'types'},
+    'tasks': {'types'}, 'rewards': {'types', 'tasks'}, 'buffer': {'types', 'tasks'},
+    'tokenizer': {'tokenizer_gguf'}, 'tokenizer_gguf': set(), 'records': {'types'},
+    'sharding': set(), 'models': {'sharding'}, 'sampling': set(),
+    'sampler': {'types', 'models', 'sharding', 'sampling'},
+    'logprobs': set(), 'losses': set(), 'reinforce': {'losses'}, 'lora': {'models', 'sharding'},
+    'learner': {'types', 'models', 'sharding', 'reinforce', 'losses', 'logprobs', 'lora'},
+    'metrics': {'types'}, 'checkpoint': {'metrics'},
+    'selfplay': _HOST | {'types'},
+}
+NO_JAX = {'types', 'config', 'executor', 'main'} | _HOST
+
+
+def _edges(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (a.name for a in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      if node.module == 'absolute_zero_jax':
+        yield from (f'absolute_zero_jax.{a.name}' for a in node.names)
+      else:
+        yield node.module or ''
+
+
+def violations(root):
+  """One line per import that the house forbids."""
+  out = []
+  for path in sorted(root.rglob('*.py')):
+    room = path.relative_to(root).parts[0].removesuffix('.py')
+    for name in _edges(path):
+      top, _, rest = name.partition('.')
+      if top in ('jax', 'flax', 'optax') and room in NO_JAX:
+        out.append(f'{path.name}: {room} must not import {top}')
+      to = rest.partition('.')[0]
+      if top == 'absolute_zero_jax' and room in ALLOWED and to and to != room:
+        if to not in ALLOWED[room]:
+          out.append(f'{path.name}: {room} must not import {to}')
+  return out
+
+
+def test_the_rooms_keep_their_doors():
+  assert violations(PACKAGE) == []
+
+
+def test_every_file_belongs_to_a_known_room():
+  rooms = {p.stem for p in PACKAGE.iterdir() if p.suffix == '.py' or (p / '__init__.py').exists()}
+  assert rooms - {'__init__', 'train', 'main', '__pycache__'} <= set(ALLOWED)
+
+
+def test_a_planted_violation_is_found(tmp_path):
+  (tmp_path / 'executor').mkdir()
+  client = 'import jax\nfrom absolute_zero_jax import tasks'
+  (tmp_path / 'executor' / 'client.py').write_text(client)
+  (tmp_path / 'reinforce.py').write_text('from absolute_zero_jax.models import decoder\n')
+  assert violations(tmp_path) == [
+      'client.py: executor must not import jax', 'client.py: executor must not import tasks',
+      'reinforce.py: reinforce must not import models']
+
+
+def test_importing_host_rooms_loads_no_jax_and_no_torch():
+  code = ('import sys, absolute_zero_jax.executor, absolute_zero_jax.tasks, '
+          'absolute_zero_jax.buffer, absolute_zero_jax.rewards, absolute_zero_jax.main; '
+          'bad = {m.split(".")[0] for m in sys.modules} & {"jax", "flax", "torch", "tensorflow"}; '
+          'assert not bad, bad')
+  subprocess.run([sys.executable, '-c', code], check=True, timeout=60, cwd=PACKAGE.parent)

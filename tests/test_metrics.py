@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is written can be read back by TensorBoard, and a resumed run does not show steps twice."""
+
+import io
+import json
+
+from etils import epath
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from absolute_zero_jax import metrics
+
+
+def _write(workdir, first, steps):
+  w = metrics.Writer(epath.Path(workdir), first)
+  for step in steps:
+    w.scalars(step, {'solve/accuracy': step / 10})
+    w.text(step, 'sample', '**bold** \ud800')      # a lone surrogate must not stop the run
+    w.flush()
+  w.close()
+
+
+def test_tensorboard_reads_scalars_and_texts(tmp_path):
+  _write(tmp_path, 1, [1, 2])
+  events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+  assert [(e.step, pytest.approx(e.value)) for e in events.Scalars('solve/accuracy')] == [
+      (1, 0.1), (2, 0.2)]
+  assert events.Tensors('sample')[0].tensor_proto.string_val[0].startswith(b'**bold**')
+
+
+def test_steps_after_the_checkpoint_are_replaced_on_resume(tmp_path):
+  _write(tmp_path, 1, [1, 2, 3])
+  with (tmp_path / 'metrics.jsonl').open('a') as f:
+    f.write('{"step": 4, "torn')                   # an older writer died here
+  _write(tmp_path, 3, [3, 4])
+  lines = [json.loads(x) for x in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert [x['step'] for x in lines] == [1, 2, 3, 4]
+  events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+  assert [e.step for e in events.Scalars('solve/accuracy')] == [1, 2, 3, 4]
+
+
+def test_nonfinite_values_are_counted_not_averaged():
+  m = metrics.Mean()
+  for x in (1.0, 3.0, float('nan')):
+    m.add('x', x)
+  assert m.result() == {'x': 2.0, 'x/nonfinite': 1.0}
+
+
+def test_table_aligns_and_marks_missing_values():
+  text = metrics.table(['kind', 'rate'], [['deduction', 0.5], ['x', float('nan')], ['y', None]])
+  assert text.splitlines() == [
+      'kind       rate', '---------  ----', 'deduction   0.5', 'x             -', 'y             -']
+
+
+def test_console_prints_plain_lines_when_piped():
+  stream = io.StringIO()
+  console = metrics.Console(stream)
+  with console.bar('decode', 10, 'tok') as bar:
+    bar.update(10)
+  console.line('done')
+  assert stream.getvalue() == 'done\n'
