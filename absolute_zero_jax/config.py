@@ -67,6 +67,8 @@ def get_config() -> ConfigDict:
   c.selfplay.references = 6
   # Input/output pairs of an induction task; the first half is shown (the paper: 10).
   c.selfplay.induction_cases = 10
+  # Further options by kind, e.g. {'induction': {'score': 'accuracy'}}; see the classes in `tasks`.
+  c.selfplay.kind_options = ConfigDict()
   # 'fresh': solve this iteration's tasks (paper); 'lagged': the previous one's (reference code).
   c.selfplay.solve_source = 'fresh'
   # How solver tasks are drawn: 'max_new', 'half_new', 'uniform_total', 'step'.
@@ -82,6 +84,8 @@ def get_config() -> ConfigDict:
   c.selfplay.show_references = True
   # False plays the proposer without training it (ablation).
   c.selfplay.train_propose = True
+  # The Monte-Carlo answers: 'measure' only (reference), or 'train' on them too.
+  c.selfplay.mc_use = 'measure'
   # Valid proposals that enter the buffer: 'all', 'non_one' (p < 1), 'non_extremes' (0 < p < 1).
   c.selfplay.keep = 'all'
   # A proposal equal to a known task is refused (status 'duplicate').
@@ -114,27 +118,42 @@ def get_config() -> ConfigDict:
   c.executor.memory_mb = 512
 
   c.reward = ConfigDict()
-  c.reward.format_penalty = -1.0      # unreadable answer, or a proposal that is no task
-  c.reward.wrong_penalty = -0.5       # well-formed but wrong
+  # 'azr' (the fields below), or 'module:name'.
+  c.reward.name = 'azr'
   # A valid proposal whose solve rate is 0 or 1: 0.0 (paper Eq. 4) or -0.5 (reference code).
   c.reward.zero_learnability = 0.0
+  # A well-formed proposal that is no task: -1.0 (reference code) or -0.5 (paper's text).
+  c.reward.invalid = -1.0
   # 'one_minus': 1 - p, 0 at p = 0; 'inverse': 1 - p always.
   c.reward.learnability = 'one_minus'
-  # Induction: 'binary' (all hidden cases), 'accuracy', 'if_one_correct'.
-  c.reward.induction = 'binary'
-  # Intrinsic terms {name: (coefficient, cap)}; see `rewards.INTRINSIC`.
+  # Form and correctness of an answer: 'conditional' (-1, -0.5, accuracy), 'addition', 'multiply'.
+  c.reward.format_mode = 'conditional'
+  # Intrinsic terms of valid proposals, {name: coefficient}: complexity, halstead (both need the
+  # extra 'rewards'), edit_distance, answer_diversity. Each is capped.
   c.reward.intrinsic = ConfigDict()
+  c.reward.intrinsic_cap = 0.5
+  c.reward.hierarchical = False       # answer_diversity by type first, then inside the type
   c.reward.combine = 'sum'            # 'sum', 'multiply', 'sum_multiply', 'multiply_sum'
 
   c.algorithm = ConfigDict()
-  # Estimator: a key of `reinforce.ESTIMATORS` or 'module:name'.
+  # A key of `reinforce.ALGORITHMS` or 'module:name'.
   c.algorithm.name = 'trr_plus_plus'
+  # Other estimators for single roles, e.g. {'solve': 'rloo'}.
+  c.algorithm.role_estimators = ConfigDict()
+  # Scope of whitening: 'global', 'role', 'role_kind'; '' is the algorithm's own. And what has one
+  # vote in its moments: 'token' or 'sequence'.
+  c.algorithm.whiten_by = ''
+  c.algorithm.whiten_count = 'token'
+  # Factors on the finished advantages of a role, e.g. {'propose': 0.3}.
+  c.algorithm.role_weights = ConfigDict()
+  # 'token', 'sequence', 'constant', 'role_microbatch' (reference code; spec section 8); '' is the
+  # algorithm's own.
+  c.algorithm.aggregation = ''
+  c.algorithm.aggregation_rows = 16   # rows per slice of 'role_microbatch'
+  c.algorithm.aggregation_tokens = 0  # the constant of 'constant'; 0 = the longest response
   c.algorithm.clip_low = 0.2
   c.algorithm.clip_high = 0.2
   c.algorithm.dual_clip = 0.0         # 0 = off
-  # 'token', 'sequence', 'constant', 'role_microbatch' (reference code; spec section 8).
-  c.algorithm.aggregation = 'role_microbatch'
-  c.algorithm.aggregation_rows = 16   # rows per slice of 'role_microbatch'
   c.algorithm.entropy_coef = 0.0
   c.algorithm.kl_coef = 0.0           # needs roles.reference = 'base'
   c.algorithm.kl_kind = 'k3'          # 'k1', 'k2', 'k3'
@@ -144,6 +163,11 @@ def get_config() -> ConfigDict:
   # Sampler/trainer importance weights: 'none', 'truncate', 'mask'; and the bound.
   c.algorithm.importance = 'none'
   c.algorithm.importance_cap = 2.0
+  # Passes over the batch, and optimizer steps per pass; more than one step needs old log-probs.
+  c.algorithm.epochs = 1
+  c.algorithm.mini_batches = 1
+  # Leaves rows without any advantage out of the computation; exact without entropy bonus and KL.
+  c.algorithm.skip_zero_rows = False
 
   c.optimizer = ConfigDict()
   c.optimizer.learning_rate = 1e-6
@@ -153,13 +177,17 @@ def get_config() -> ConfigDict:
   c.optimizer.b2 = 0.999
   c.optimizer.eps = 1e-8
   c.optimizer.weight_decay = 0.0
+  c.optimizer.decay = 'all'           # what decays: 'all' (as in the reference) or 'matrices'
   c.optimizer.clip_norm = 1.0
   c.optimizer.moment_dtype = 'float32'
+  c.optimizer.accumulate_dtype = 'float32'
 
   c.train = ConfigDict()
   c.train.steps = 500
   # Tokens of one micro-batch (rows x padded length).
   c.train.micro_batch_tokens = 4096
+  # Several short sequences in one row of a micro-batch.
+  c.train.pack = False
 
   # LoRA adapters instead of full weights; rank 0 = off.
   c.lora = ConfigDict()
@@ -278,7 +306,8 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = '') -> list[
 
 
 # Sections whose keys are free: their owners check them.
-_OPEN = ('executor.options', 'reward.intrinsic')
+_OPEN = ('executor.options', 'selfplay.kind_options', 'reward.intrinsic',
+         'algorithm.role_estimators', 'algorithm.role_weights')
 
 
 def _check_tree(c: ConfigDict, reference: ConfigDict, prefix: str) -> None:
@@ -366,6 +395,7 @@ _CHECKS = {
     'selfplay.reference_draw': _one_of('uniform', 'step'),
     'selfplay.buffer_size': _at_least(1),
     'selfplay.eviction': _one_of('ring', 'reservoir'),
+    'selfplay.mc_use': _one_of('measure', 'train'),
     'selfplay.keep': _one_of('all', 'non_one', 'non_extremes'),
     'sampler.slots': _at_least(1),
     'sampler.chunk': _at_least(1),
@@ -381,21 +411,9 @@ _CHECKS = {
     'executor.validate_timeout_s': _above(0),
     'executor.score_timeout_s': _above(0),
     'executor.memory_mb': _at_least(64),
-    'reward.learnability': _one_of('one_minus', 'inverse'),
-    'reward.induction': _one_of('binary', 'accuracy', 'if_one_correct'),
-    'reward.combine': _one_of('sum', 'multiply', 'sum_multiply', 'multiply_sum'),
-    'algorithm.clip_low': _between(0, 1),
-    'algorithm.clip_high': _at_least(0),
-    'algorithm.dual_clip': ((lambda x: x == 0 or x > 1), '0 (off) or more than 1'),
-    'algorithm.aggregation': _one_of('token', 'sequence', 'constant', 'role_microbatch'),
-    'algorithm.aggregation_rows': _at_least(1),
-    'algorithm.entropy_coef': _at_least(0),
-    'algorithm.kl_coef': _at_least(0),
-    'algorithm.kl_kind': _one_of('k1', 'k2', 'k3'),
-    'algorithm.kl_in': _one_of('loss', 'reward'),
     'algorithm.old_logprobs': _one_of('current', 'recompute', 'sampler'),
-    'algorithm.importance': _one_of('none', 'truncate', 'mask'),
-    'algorithm.importance_cap': _above(0),
+    'algorithm.epochs': _at_least(1),
+    'algorithm.mini_batches': _at_least(1),
     'optimizer.learning_rate': _at_least(0),
     'optimizer.warmup_steps': _at_least(0),
     'optimizer.schedule': _one_of('constant', 'cosine'),
@@ -405,6 +423,8 @@ _CHECKS = {
     'optimizer.weight_decay': _at_least(0),
     'optimizer.clip_norm': _above(0),
     'optimizer.moment_dtype': _DTYPE,
+    'optimizer.accumulate_dtype': _DTYPE,
+    'optimizer.decay': _one_of('all', 'matrices'),
     'train.steps': _at_least(1),
     'train.micro_batch_tokens': _at_least(1),
     'lora.rank': _at_least(0),

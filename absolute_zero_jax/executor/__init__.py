@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs model-written programs in a process tree of its own, and decides what they are worth.
+
+  with Executor() as executor:
+    verdict = executor.submit(Job('validate', program, inputs)).result()
+
+  client      the trainer's side: futures, backpressure, restarts
+  supervisor  a program of its own: queue, deadlines, cache; drives `workers`
+  verify      the rules: job -> units of work -> verdict; golds, equality, determinism
+  zygote      warm process that forks one child per program; `child` runs it behind the `fence`
+  values      plain values, their wire form and their equality; `literals` parses model-written text
+  policy      the static gate on programs
+
+Nothing here imports jax or numpy; importing this module imports no other of them (the processes of
+the service import only what they need).
+"""
+
+import importlib
+from typing import Any
+
+_LAZY = {'Executor': 'client', 'ExecutorError': 'client', 'Isolation': 'client',
+         'IsolationError': 'client', 'QueueFull': 'client', 'SandboxFusion': 'sandboxfusion'}
+# An entry is a class, or any callable, that takes the config's options; add your own here or name it as
+# 'module:name'. What it returns has `submit`, `run`, `stats` and `close`.
+EXECUTORS: dict[str, str] = {
+    'local': 'absolute_zero_jax.executor.client:Executor',
+    'sandboxfusion': 'absolute_zero_jax.executor.sandboxfusion:SandboxFusion'}
+
+
+def start(name: str = 'local', **options: Any) -> Any:
+  """The executor of that name, started with `options`; `name` is a key of `EXECUTORS` or 'module:name'.
+
+  Raises:
+    ValueError: no such executor, or an option out of range.
+  """
+  target = EXECUTORS.get(name, name)
+  module, _, attribute = target.partition(':')
+  if not attribute:
+    raise ValueError(f"executor={name!r} must be one of {sorted(EXECUTORS)} or 'module:name'.")
+  try:
+    factory = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError) as e:
+    raise ValueError(f'executor={name!r} cannot be imported: {e}.') from e
+  return factory(**options)
+
+
+def __getattr__(name: str) -> Any:
+  if name in _LAZY:
+    return getattr(importlib.import_module(f'{__name__}.{_LAZY[name]}'), name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a disposable child does: read one job from descriptor 3, run it, write one frame per input, stop.
+
+  job     4-byte length, JSON {program, inputs: [text], repeat, expect_error} made by the trusted side
+  frame   4-byte length, JSON list with one outcome per repetition of one input:
+          ['v', tagged]   returned this value                    ['u', reason]  returned no plain value
+          ['x', name]     raised an exception of this class      ['r']          returned (value not asked for)
+          A frame [['m', name]] ends the stream: the program could not be loaded.
+
+Everything here happens in the attacker's process: frames can say anything about this program, and
+nothing about another. The trusted side decodes them with `values`, compares, and kills the process.
+"""
+
+import gc
+import json
+import os
+import struct
+import sys
+
+from absolute_zero_jax.executor import probe, values
+
+JOB_FD = 3
+# Names that occur in canonical input text.
+_INPUT_NAMES = {'__builtins__': {}, 'float': float, 'complex': complex, 'set': set,
+                'frozenset': frozenset, 'range': range}
+
+
+class _Discard:
+  """Standard output and error of a program: counts, keeps nothing."""
+  encoding = 'utf-8'
+
+  def write(self, text):
+    return len(text)
+
+  def writelines(self, lines):
+    pass
+
+  def flush(self):
+    pass
+
+  def isatty(self):
+    return False
+
+
+def prepare() -> None:
+  """Standard streams as programs see them; called once in the zygote."""
+  sys.stdout = sys.stderr = _Discard()
+  sys.stdin = None
+
+
+def serve() -> None:
+  """Runs the one job of this process; the caller ends the process afterwards."""
+  length = struct.unpack('<I', _read(4))[0]
+  job = json.loads(_read(length))
+  if 'probe' in job:
+    _send(probe.attempts())
+    return
+  gc.enable()
+  run(job['program'], job['inputs'], job['repeat'], job['expect_error'], _send)
+
+
+def _read(length: int, _os_read=os.read) -> bytes:
+  parts = []
+  while length:
+    part = _os_read(JOB_FD, min(length, 65536))
+    if not part:
+      os._exit(0)
+    parts.append(part)
+    length -= len(part)
+  return b''.join(parts)
+
+
+def _send(outcomes: list, _write=os.write, _dumps=json.dumps, _pack=struct.pack) -> None:
+  data = _dumps(outcomes, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'surrogatepass')
+  if len(data) > values.MAX_FRAME_BYTES:
+    data = b'[["u","too big"]]'
+  view = memoryview(_pack('<I', len(data)) + data)
+  while view:
+    view = view[_write(JOB_FD, view):]
+
+
+def run(program: str, inputs: list[str], repeat: int, expect_error: bool, send) -> None:
+  """Runs `f` of `program` on each input `repeat` times; `send` gets one list of outcomes per input."""
+  namespace = {'__name__': 'task', '__builtins__': __builtins__}
+  try:
+    exec(compile(program, '<task>', 'exec', dont_inherit=True), namespace)
+    function = namespace['f']
+  except BaseException as e:
+    send([['m', values.type_name(type(e))]])
+    return
+  for text in inputs:
+    call = None
+    outcomes = []
+    for _ in range(repeat):
+      try:
+        call = call or eval(f'lambda f: f({text})', dict(_INPUT_NAMES))
+        result = call(function)
+        outcomes.append(['r'] if expect_error else _outcome(result))
+        del result
+      except BaseException as e:
+        outcomes.append(['x', values.type_name(type(e))])
+    send(outcomes)
+
+
+def _outcome(result) -> list:
+  try:
+    return ['v', values.encode(result)]
+  except values.ValuesError as e:
+    return ['u', str(e)]

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a program must look like to be run at all: a gate on its syntax tree.
+
+The gate keeps tasks learnable and reproducible (no clock, no randomness, no files), and turns
+obvious escapes into a readable refusal. It is **not** what protects the host: that is `fence`, which
+must hold with the gate switched off.
+
+Rules: at most `MAX_SOURCE_CHARS` of text; parses and compiles; a plain `def f` at top level; only
+modules of the allow-list, by whatever spelling (`import`, `from`, alias, `__import__`, importlib, the
+private attribute of another module); no name or attribute that leads out of the program
+(`eval`, `open`, `__subclasses__`, `__globals__`, ...). Classes may define special methods.
+"""
+
+import ast
+from collections.abc import Iterable
+import dataclasses
+import hashlib
+import sys
+
+from absolute_zero_jax.executor import literals
+
+MAX_SOURCE_CHARS = 32_768
+
+# Deterministic modules without access to anything outside the process. The reference's list of
+# forbidden ones (clocks, randomness, hashing, threads, processes) is the complement.
+MODULES = frozenset('''abc array base64 binascii bisect cmath collections colorsys copy dataclasses
+  decimal difflib enum fractions functools graphlib heapq html itertools json keyword math numbers
+  operator pprint queue re reprlib statistics string struct textwrap typing
+  unicodedata zlib __future__'''.split())
+
+_NAMES = frozenset('''eval exec compile open breakpoint globals locals vars __import__ __builtins__
+  __loader__ __spec__ exit quit help copyright credits license memoryview'''.split())
+_SAFE_DUNDERS = frozenset('''__init__ __name__ __class__ __doc__ __len__ __str__ __repr__ __eq__
+  __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __iter__ __next__ __contains__ __getitem__ __setitem__
+  __delitem__ __call__ __add__ __sub__ __mul__ __truediv__ __floordiv__ __mod__ __pow__ __neg__
+  __abs__ __bool__ __int__ __float__ __index__ __enter__ __exit__ __post_init__ __missing__ __new__
+  __radd__ __rsub__ __rmul__ __iadd__ __isub__ __and__ __or__ __xor__ __invert__ __reversed__
+  __slots__ __main__ __annotations__ __qualname__ __format__ __all__'''.split())
+# Frames, code objects and generators reach other frames' variables.
+_ATTRIBUTES = frozenset('''gi_frame gi_code cr_frame cr_code ag_frame ag_code tb_frame tb_next f_back
+  f_globals f_locals f_builtins f_code co_code co_consts func_globals func_code mro'''.split())
+_FORBIDDEN_MODULES = (frozenset(sys.stdlib_module_names) | {'numpy', 'sympy', 'torch', 'jax'}) - MODULES
+
+
+class PolicyError(ValueError):
+  """The program may not run; the message is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gated:
+  """A program that passed.
+
+  Attributes:
+    source: the text that runs and is shown: as written, comments kept, with `\\n` line ends and
+      without blank lines around it.
+    digest: SHA-256 of the normal form: the syntax tree without docstrings, printed by
+      `ast.unparse`, so that layout and comments do not make a new task. '' if not asked for.
+  """
+  source: str
+  digest: str = ''
+
+
+def tidy(source: str) -> str:
+  """The text as it is run and shown; idempotent, and changes no token of the program."""
+  lines = source.replace('\r\n', '\n').replace('\r', '\n').split('\n')
+  while lines and not lines[0].strip():
+    lines.pop(0)
+  return '\n'.join(lines).rstrip() + '\n' if lines else ''
+
+
+def gate(source: str, *, modules: Iterable[str] = MODULES, enforce: bool = True,
+         digest: bool = False) -> Gated:
+  """The tidied program, if it may run.
+
+  Args:
+    modules: importable modules; a dotted name allows that submodule, a root allows all below it.
+    enforce: False keeps only the checks without which a program cannot be run (text size, syntax,
+      a plain `f`): for testing the fence, and for trusted programs.
+
+  Raises:
+    PolicyError: with the reason: 'syntax', 'too long', 'no f', 'f is async', 'import os', 'name eval', ...
+  """
+  tree = parse(source)
+  _find_f(tree)
+  if enforce:
+    _Walk(frozenset(modules)).check(tree)
+  tidied = tidy(source)
+  return Gated(tidied, normal_digest(tree) if digest else '')
+
+
+def parse(source: str) -> ast.Module:
+  """Syntax tree of a program's text.
+
+  Raises:
+    PolicyError: over `MAX_SOURCE_CHARS`, nested too deep, not encodable, or no Python.
+  """
+  try:
+    literals.check_text(source, MAX_SOURCE_CHARS)
+    source.encode('utf-8')
+    return ast.parse(source)
+  except literals.LiteralError as e:
+    raise PolicyError(str(e)) from e
+  except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+    raise PolicyError('syntax') from e
+
+
+def normal_digest(tree: ast.Module) -> str:
+  """SHA-256 of the normal form; comments, layout and docstrings do not enter. Changes `tree`."""
+  for node in ast.walk(tree):
+    if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+      body = node.body
+      if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        node.body = body[1:] or [ast.Pass()]
+  try:
+    return hashlib.sha256(ast.unparse(tree).encode('utf-8', 'backslashreplace')).hexdigest()
+  except (RecursionError, ValueError) as e:
+    raise PolicyError('nested too deep') from e
+
+
+def _find_f(tree: ast.Module) -> None:
+  """Checks that the last thing bound to `f` by a definition at top level is a plain function."""
+  found = None
+  for node in tree.body:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == 'f':
+      found = node
+  if found is None:
+    raise PolicyError('no f')
+  if not isinstance(found, ast.FunctionDef):
+    raise PolicyError('f is async' if isinstance(found, ast.AsyncFunctionDef) else 'f is a class')
+
+
+class _Walk:
+  """One pass over the tree; remembers which names are modules, to see through `m._private`."""
+
+  def __init__(self, modules: frozenset[str]):
+    self._modules = modules
+    self._aliases: set[str] = set()
+
+  def check(self, tree: ast.Module) -> None:
+    nodes = list(ast.walk(tree))
+    for node in nodes:
+      if isinstance(node, ast.Import):
+        for alias in node.names:
+          self._allow(alias.name)
+          self._aliases.add(alias.asname or alias.name.partition('.')[0])
+      elif isinstance(node, ast.ImportFrom):
+        self._import_from(node)
+    for node in nodes:
+      t = type(node)
+      if t is ast.Name:
+        self._name(node.id)
+      elif t is ast.Attribute:
+        self._attribute(node)
+      elif t is ast.Constant and type(node.value) is str:
+        self._text(node.value)
+      elif t is ast.AsyncFunctionDef or t is ast.Await:
+        raise PolicyError('async')
+
+  def _allow(self, name: str) -> None:
+    root = name.partition('.')[0]
+    if root not in self._modules and name not in self._modules:
+      raise PolicyError(f'import {name[:40]}')
+
+  def _import_from(self, node: ast.ImportFrom) -> None:
+    if node.level:
+      raise PolicyError('relative import')
+    self._allow(node.module)
+    for alias in node.names:
+      name = alias.name
+      if name in _FORBIDDEN_MODULES or (name.startswith('_') and node.module != '__future__'):
+        raise PolicyError(f'import {node.module[:40]}.{name[:40]}')
+
+  def _name(self, name: str) -> None:
+    if name in _NAMES or (_is_dunder(name) and name not in _SAFE_DUNDERS):
+      raise PolicyError(f'name {name[:40]}')
+
+  def _attribute(self, node: ast.Attribute) -> None:
+    name = node.attr
+    if name in _ATTRIBUTES or (_is_dunder(name) and name not in _SAFE_DUNDERS):
+      raise PolicyError(f'attribute {name[:40]}')
+    if isinstance(node.value, ast.Name) and node.value.id in self._aliases:
+      if name in _FORBIDDEN_MODULES or name.startswith('_'):
+        raise PolicyError(f'import {node.value.id[:40]}.{name[:40]}')
+
+  def _text(self, text: str) -> None:
+    # getattr(x, '__subclasses__'), '{0.__globals__}'.format(f)
+    if '__' in text:
+      for word in _words(text):
+        if _is_dunder(word) and word not in _SAFE_DUNDERS:
+          raise PolicyError(f'text {word[:40]}')
+
+
+def _is_dunder(name: str) -> bool:
+  return len(name) > 4 and name.startswith('__') and name.endswith('__') and name.strip('_') != ''
+
+
+def _words(text: str) -> list[str]:
+  return ''.join(c if c == '_' or c.isalnum() else ' ' for c in text).split()

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a job to runs to a verdict: everything the trusted side decides, and no process handling.
+
+A `Trial` turns one `Job` into `Unit`s (one child process each) and reads their `Report`s. Whoever has
+processes drives it:
+
+  trial = Trial(job, rules)
+  while trial.verdict is None:
+    for unit in trial.take(): trial.feed(unit, run_somewhere(unit))
+
+'validate' runs each input twice in one process of group 'a', then once in a process of group 'b', which has
+another hash seed and another address layout. 'run' runs each input once, anywhere. An input that kills its
+process costs that input only: the rest run in a fresh one.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+import dataclasses
+import hashlib
+from typing import Any
+
+from absolute_zero_jax.executor import literals, policy, values
+from absolute_zero_jax.types import Job, Run, Status, Verdict
+
+MAX_CALLS = 64              # inputs in one process
+_MAX_NESTED = 4             # calls of f in one input
+_MAX_DEATHS = 3             # processes of one job that may die before the rest is given up
+
+# From best to worst; a verdict has the worst status of its runs.
+SEVERITY = (Status.OK, Status.REJECTED, Status.ERROR, Status.NONDETERMINISTIC, Status.TIMEOUT,
+            Status.MEMORY, Status.CRASHED, Status.UNSAFE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """What a trusted side is configured with; the same rules must validate and score."""
+  equality: str = 'strict'
+  enforce_policy: bool = True
+  modules: frozenset[str] = policy.MODULES
+  validate_timeout_s: float = 2.0
+  score_timeout_s: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+  """Work for one child process."""
+  program: str
+  inputs: tuple[str, ...]
+  repeat: int
+  expect_error: bool
+  group: str                   # 'a', 'b' (another hash seed); '', 'nested': any process
+  timeout_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What became of a unit's process.
+
+  Attributes:
+    frames: decoded JSON of the frames that arrived, at most one per input. Hostile.
+    end: OK if all frames arrived, otherwise why the process stopped.
+  """
+  frames: tuple[Any, ...]
+  end: Status
+  error: str = ''
+  wall_s: float = 0.0
+  cpu_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """One call's result as the trusted side understands it; `value` only where status is ok."""
+  status: Status
+  text: str = ''
+  value: Any = None
+  error: str = ''
+  limit_s: float = 0.0
+
+
+class Cache:
+  """Least recently used outcomes of (program, input) and gate results of programs."""
+
+  def __init__(self, size: int):
+    self._size = size
+    self._kept: OrderedDict[Any, Any] = OrderedDict()
+    self.hits = 0
+
+  def get(self, key: Any) -> Any:
+    found = self._kept.get(key)
+    if found is not None:
+      self._kept.move_to_end(key)
+    return found
+
+  def put(self, key: Any, value: Any) -> None:
+    self._kept[key] = value
+    self._kept.move_to_end(key)
+    if len(self._kept) > self._size:
+      self._kept.popitem(last=False)
+
+
+class Trial:
+  """One job on its way to a verdict.
+
+  Attributes:
+    verdict: None until everything has been fed.
+  """
+
+  def __init__(self, job: Job, rules: Rules, cache: Cache):
+    self.verdict: Verdict | None = None
+    self._job, self._rules, self._cache = job, rules, cache
+    self._outcomes: list[Outcome | None] = [None] * len(job.inputs)
+    self._inputs = [''] * len(job.inputs)
+    self._calls: list[dict[str, Any]] = [{} for _ in job.inputs]
+    self._program, self._key = '', ''
+    self._units: list[Unit] = []
+    self._places: dict[Unit, list[int]] = {}
+    self._deaths, self._wall_s, self._cpu_s = 0, 0.0, 0.0
+    self._second_look = False
+    self._start()
+
+  def take(self) -> list[Unit]:
+    """Units to run now; each must be fed back once."""
+    units, self._units = self._units, []
+    return units
+
+  def _start(self) -> None:
+    job = self._job
+    if job.op == 'compare':
+      self.verdict = _compare(job, self._rules)
+      return
+    if job.op not in ('validate', 'run'):
+      self.verdict = Verdict(Status.REJECTED, error=f'unknown op {job.op[:20]!r}')
+      return
+    try:
+      self._gate()
+    except policy.PolicyError as e:
+      runs = tuple(Run(Status.REJECTED, error=str(e)) for _ in job.inputs)
+      self.verdict = Verdict(Status.REJECTED, runs, error=str(e))
+      return
+    self._read_inputs(self._open_places())
+
+  def _read_inputs(self, places: list[int]) -> None:
+    """Parses inputs and schedules their runs; where a proposal's input calls `f`, that call first."""
+    nested = [i for i in places if self._needs_call(i)]
+    if nested:
+      self._schedule('nested', nested)
+      return
+    if self._job.op == 'run':
+      self._look_up()
+    self._schedule('a' if self._job.op == 'validate' else '', self._open_places())
+
+  def _needs_call(self, i: int) -> bool:
+    try:
+      calls = self._calls[i] if self._job.op == 'validate' else None
+      self._inputs[i] = literals.parse_inputs(self._job.inputs[i], calls).text
+      return False
+    except literals.NeedsCall as e:
+      if len(self._calls[i]) < _MAX_NESTED:
+        self._inputs[i] = e.inputs
+        return True
+      error = str(e)
+    except literals.LiteralError as e:
+      error = str(e)
+    self._inputs[i] = ''
+    self._outcomes[i] = Outcome(Status.REJECTED, error=f'input: {error}')
+    return False
+
+  def _gate(self) -> None:
+    digest = self._job.op == 'validate'
+    key = ('gate', hashlib.sha256(self._job.program.encode('utf-8', 'surrogatepass')).digest(), digest)
+    found = self._cache.get(key)
+    if found is None:
+      try:
+        found = policy.gate(self._job.program, modules=self._rules.modules, digest=digest,
+                            enforce=self._rules.enforce_policy)
+      except policy.PolicyError as e:
+        found = e
+      self._cache.put(key, found)
+    if isinstance(found, policy.PolicyError):
+      raise found
+    self._program, self._key = found.source, found.digest
+
+  def _limit_s(self) -> float:
+    default = (self._rules.validate_timeout_s if self._job.op == 'validate'
+               else self._rules.score_timeout_s)
+    return self._job.timeout_s or default
+
+  def _cache_key(self, i: int) -> Any:
+    return self._program, self._inputs[i], self._job.expect_error
+
+  def _look_up(self) -> None:
+    for i in self._open_places():
+      found = self._cache.get(self._cache_key(i))
+      if found and not (found.status is Status.TIMEOUT and found.limit_s < self._limit_s()):
+        self._outcomes[i] = found
+        self._cache.hits += 1
+
+  def _open_places(self) -> list[int]:
+    return [i for i, outcome in enumerate(self._outcomes) if outcome is None]
+
+  def _schedule(self, group: str, places: list[int]) -> None:
+    repeat = 2 if group == 'a' else 1
+    for start in range(0, len(places), MAX_CALLS // repeat):
+      part = places[start:start + MAX_CALLS // repeat]
+      unit = Unit(self._program, tuple(self._inputs[i] for i in part), repeat,
+                  self._job.expect_error and group != 'nested', group, self._limit_s())
+      self._units.append(unit)
+      # Equal units of one job give equal reports; each place is answered by its own.
+      self._places.setdefault(unit, []).append(part)
+    self._finish_if_done()
+
+  def feed(self, unit: Unit, report: Report) -> None:
+    """Takes the report of a unit that `take` returned."""
+    part = self._places[unit].pop()
+    if not self._places[unit]:
+      del self._places[unit]
+    self._wall_s += report.wall_s
+    self._cpu_s += report.cpu_s
+    understood = [_understand(frame, unit) for frame in report.frames[:len(part)]]
+    if report.frames and load_failed(report.frames[0]):
+      understood = understood[:1] * len(part)       # no input was reached
+    for i, outcomes in zip(part, understood):
+      self._settle(i, unit, outcomes)
+    rest = part[len(understood):]
+    if rest:
+      end = report.end if report.end is not Status.OK else Status.CRASHED
+      self._settle(rest[0], unit, [Outcome(end, error=report.error, limit_s=unit.timeout_s)])
+      self._deaths += 1
+      rest = rest[1:]
+      if rest and self._deaths < _MAX_DEATHS:
+        self._schedule(unit.group, rest)
+      for i in rest if self._deaths >= _MAX_DEATHS else ():
+        self._outcomes[i] = Outcome(end, error='not run')
+    self._finish_if_done()
+
+  def _settle(self, i: int, unit: Unit, outcomes: list[Outcome]) -> None:
+    """Combines the outcomes of one input's repetitions, and with those of the first process."""
+    first = outcomes[0]
+    if unit.group == 'nested':
+      self._calls[i][self._inputs[i]] = first.value
+      self._inputs[i] = ''
+      if first.status is not Status.OK:
+        self._outcomes[i] = Outcome(Status.REJECTED, error=f'input: f(..) gave {first.error}')
+      return
+    if unit.group == 'b':
+      earlier = self._outcomes[i]
+      if not _same(earlier, first) and first.status not in (Status.TIMEOUT, Status.MEMORY):
+        first = Outcome(Status.NONDETERMINISTIC, error='two processes differ')
+      elif first.status is Status.OK:
+        first = earlier
+    elif first.status is Status.OK or len(outcomes) > 1:
+      worst = max(outcomes, key=lambda o: SEVERITY.index(o.status))
+      if not all(_same(first, o) for o in outcomes):
+        first = (worst if worst.status in (Status.TIMEOUT, Status.MEMORY, Status.CRASHED)
+                 else Outcome(Status.NONDETERMINISTIC, error='two calls differ'))
+    if self._job.op == 'run' and first.status is not Status.CRASHED and first.error != 'not run':
+      self._cache.put(self._cache_key(i), dataclasses.replace(first, limit_s=unit.timeout_s))
+    self._outcomes[i] = first
+
+  def _finish_if_done(self) -> None:
+    if self._units or self._places or self.verdict is not None:
+      return
+    if self._open_places():        # results of nested calls have arrived
+      self._read_inputs(self._open_places())
+      return
+    good = [i for i, o in enumerate(self._outcomes) if o.status is Status.OK]
+    if self._job.op == 'validate' and good and not self._second_look:
+      self._second_look = True
+      self._schedule('b', good)
+      return
+    if self._job.op == 'validate':
+      self._check_golds()
+    runs = tuple(self._run(i) for i in range(len(self._outcomes)))
+    status, error = worst_of(runs)
+    validated = self._job.op == 'validate' and status is not Status.REJECTED
+    self.verdict = Verdict(status, runs, error=error, program=self._program if validated else '',
+                           key=self._task_key() if validated else '',
+                           wall_s=self._wall_s, cpu_s=self._cpu_s)
+
+  def _check_golds(self) -> None:
+    """A value that its own text would not score as an answer makes a task nobody can solve."""
+    for i, o in enumerate(self._outcomes):
+      if o.status is not Status.OK:
+        continue
+      if not self._job.expect_error:
+        try:
+          accepted = values.equal(literals.parse_value(o.text), o.value, 'strict')
+          reread = literals.parse_inputs(self._inputs[i]).text == self._inputs[i]
+        except literals.LiteralError:
+          accepted = reread = False
+        if not (accepted and reread):
+          self._outcomes[i] = Outcome(Status.ERROR, error='gold does not verify itself')
+          continue
+      self._cache.put(self._cache_key(i), o)
+
+  def _task_key(self) -> str:
+    text = '\0'.join([self._key, *self._inputs])
+    return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()
+
+  def _run(self, i: int) -> Run:
+    o = self._outcomes[i]
+    if o.status is not Status.OK:
+      return Run(o.status, self._inputs[i], error=o.error)
+    matches = self._job.op == 'validate'
+    if i < len(self._job.expected):
+      matches = _matches(o, self._job.expected[i], self._job.expect_error, self._rules)
+    return Run(Status.OK, self._inputs[i], o.text, matches)
+
+
+def worst_of(runs: Iterable[Run]) -> tuple[Status, str]:
+  """Status and error of the worst run; OK for none."""
+  worst = max(runs, key=lambda r: SEVERITY.index(r.status), default=Run(Status.OK))
+  return worst.status, worst.error
+
+
+def _understand(frame: Any, unit: Unit) -> list[Outcome]:
+  """Outcomes that one hostile frame claims, one per repetition."""
+  if load_failed(frame):
+    return [_outcome(['x', *frame[0][1:]], unit)] * unit.repeat
+  if type(frame) is not list or len(frame) != unit.repeat:
+    return [Outcome(Status.CRASHED, error='malformed report')]
+  return [_outcome(claim, unit) for claim in frame]
+
+
+def load_failed(frame: Any) -> bool:
+  """Whether a frame says that the program's own top level raised; no other frame follows."""
+  return type(frame) is list and len(frame) == 1 and _head(frame[0]) == 'm'
+
+
+def _head(claim: Any) -> str:
+  return claim[0] if type(claim) is list and claim and type(claim[0]) is str else ''
+
+
+def _outcome(claim: Any, unit: Unit) -> Outcome:
+  head = _head(claim)
+  if head == 'r' and unit.expect_error and len(claim) == 1:
+    return Outcome(Status.OK, 'NoError')
+  if head == 'v' and not unit.expect_error and len(claim) == 2:
+    try:
+      value = values.decode(claim[1])
+      text = values.text(value)
+    except (values.ValuesError, ValueError, RecursionError) as e:
+      return Outcome(Status.CRASHED if 'malformed' in str(e) else Status.ERROR, error=str(e)[:80])
+    if len(text) > literals.MAX_CHARS:
+      return Outcome(Status.ERROR, error='output: too long')
+    return Outcome(Status.OK, text, value)
+  if len(claim) == 2 and type(claim[1]) is str and len(claim[1]) <= 100:
+    if head == 'x':
+      return _raised(claim[1], unit)
+    if head == 'u':
+      return Outcome(Status.ERROR, error=f'output: {claim[1]}')
+  return Outcome(Status.CRASHED, error='malformed report')
+
+
+def _raised(name: str, unit: Unit) -> Outcome:
+  if name == 'MemoryError':
+    return Outcome(Status.MEMORY, error=name)
+  if unit.expect_error:
+    return Outcome(Status.OK, name)
+  # The fence answers forbidden calls with EPERM.
+  return Outcome(Status.UNSAFE if name == 'PermissionError' else Status.ERROR, error=name)
+
+
+def _same(a: Outcome, b: Outcome) -> bool:
+  if a.status is not b.status:
+    return False
+  if a.status is not Status.OK:
+    return a.error == b.error
+  return a.text == b.text or values.equal(a.value, b.value, 'strict') and a.value is not None
+
+
+def _matches(o: Outcome, expected: str, expect_error: bool, rules: Rules) -> bool:
+  if expect_error:
+    return error_name(expected) == error_name(o.text)
+  try:
+    return values.equal(o.value, literals.parse_value(expected), rules.equality)
+  except literals.LiteralError:
+    return False
+
+
+def error_name(text: str) -> str:
+  """An exception's name as compared: first word, up to a colon, lower case. Source: AZR's code_e."""
+  words = text.strip().strip('\'"`').split(':')[0].split()
+  return words[0].lower() if words else ''
+
+
+def _compare(job: Job, rules: Rules) -> Verdict:
+  runs = []
+  for i, answer in enumerate(job.inputs):
+    gold = job.expected[i] if i < len(job.expected) else ''
+    try:
+      if job.expect_error:
+        literals.check_text(answer)
+        runs.append(Run(Status.OK, answer, error_name(answer),
+                        error_name(answer) == error_name(gold) != ''))
+        continue
+      value = literals.parse_value(answer, fold=rules.equality == 'loose')
+      text = values.text(value)
+    except literals.LiteralError as e:
+      runs.append(Run(Status.REJECTED, error=f'answer: {e}'))
+      continue
+    try:
+      matches = values.equal(value, literals.parse_value(gold), rules.equality)
+    except literals.LiteralError:
+      matches = False
+    runs.append(Run(Status.OK, text, text, matches))
+  status, error = worst_of(runs)
+  return Verdict(status, tuple(runs), error=error)

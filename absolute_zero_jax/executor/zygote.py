@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The warm process that forks one fenced child per program, and knows nothing else.
+
+It imports what programs may import, fences itself, and serves records on its control socket:
+
+  b'F' slot          fork a child for `slot`; the child's end of its job socket comes along (SCM_RIGHTS)
+  b'R' slot          kill and reap the child of `slot`            -> (b'R', slot, status, usage)
+  b'X' slot, other   R slot, then F other, in one record
+  b'Q' slot          -> (b'Q', slot, 0, CPU seconds used so far)
+
+Job text goes from supervisor to child directly, so that no program can find another's text, gold or result
+in the memory it was forked from. The zygote never waits for a child that it has not killed.
+
+Started by the supervisor as `python -c 'from absolute_zero_jax.executor import zygote; zygote.main(...)'`.
+"""
+
+import array
+import gc
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+
+RECORD = struct.Struct('<cxxxII')
+REPLY = struct.Struct('<cxxxIiddII')      # op, slot, status, user s, system s, max RSS KiB, minor faults
+# What programs may import must be in memory: a fenced process opens no file. Codecs are found by
+# name at run time ('abc'.encode('shift_jis')), so all of them are loaded.
+_PRELOAD = '''abc array base64 binascii bisect cmath collections collections.abc colorsys copy
+  dataclasses decimal difflib enum fractions functools graphlib heapq html html.entities itertools
+  json keyword math numbers operator pprint queue re reprlib statistics string struct textwrap
+  typing unicodedata zlib __future__ _strptime ast calendar datetime io locale random stringprep
+  time types warnings contextlib copyreg weakref'''.split()
+
+
+def main(options: dict) -> None:
+  """Serves on descriptor 0 until it closes; `options` are `zygote_options` of the supervisor."""
+  control = socket.socket(fileno=os.dup(0))
+  if options['namespaces']:
+    _enter_namespaces(control)
+  _be_modest(options)
+  _preload()
+  from absolute_zero_jax.executor import child, fence
+  report = _enclose(fence, options)
+  child.prepare()
+  _warm_up(child)
+  gc.collect()
+  gc.freeze()
+  gc.disable()
+  _announce(control, report)
+  try:
+    _serve(control, child, fence, options['cpu_s'], report['seccomp'] == 'on')
+  finally:
+    os._exit(0)
+
+
+def _enter_namespaces(control: socket.socket) -> None:
+  """Continues in a child that is the first process of its own PID namespace, if the kernel allows."""
+  from absolute_zero_jax.executor import fence
+  status = fence.enter_namespaces()
+  os.environ['AZ_NAMESPACES'] = status
+  if status != 'on':
+    return
+  fence.prctl(1, int(signal.SIGKILL))
+  pid = os.fork()
+  if pid == 0:
+    return
+  _send_line(control, {'pid': pid})      # as seen from outside
+  control.close()
+  os.close(0)
+  os.waitpid(pid, 0)
+  os._exit(0)
+
+
+def _be_modest(options: dict) -> None:
+  """Low priority, chosen cores, first to go when memory is short: the trainer comes first."""
+  os.setpriority(os.PRIO_PROCESS, 0, options['nice'])
+  if hasattr(os, 'sched_setscheduler'):
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    if options['cores']:
+      os.sched_setaffinity(0, options['cores'])
+  try:
+    with open('/proc/self/oom_score_adj', 'w') as f:
+      f.write('1000')
+  except OSError:
+    pass      # no such file outside Linux, or /proc is not mounted
+
+
+def _preload() -> None:
+  # Modules register at-fork hooks (threading: 130 page faults in every child) that only matter to
+  # processes with threads; this one never has any.
+  register, os.register_at_fork = os.register_at_fork, lambda **hooks: None
+  try:
+    for name in _PRELOAD:
+      __import__(name)
+    _load_codecs()
+  finally:
+    os.register_at_fork = register
+
+
+def _load_codecs() -> None:
+  import codecs
+  import encodings
+  from encodings import aliases
+  for name in {*aliases.aliases.values(), 'rot_13', 'idna', 'punycode', 'unicode_escape',
+               'raw_unicode_escape', 'undefined', 'utf_8_sig'}:
+    try:
+      codecs.lookup(name)
+    except LookupError:
+      pass      # a codec of another system, e.g. mbcs
+  encodings.search_function('utf-8')
+
+
+def _enclose(fence, options: dict) -> dict:
+  sink = os.open(os.devnull, os.O_RDWR)
+  for fd in (0, 1, 2):
+    os.dup2(sink, fd)
+  os.close(sink)
+  report = fence.enclose(memory_mb=options['memory_mb'], layers=frozenset(options['layers']))
+  report['namespaces'] = os.environ.pop('AZ_NAMESPACES', 'switched off')
+  os.environ.clear()
+  return report
+
+
+def _warm_up(child) -> None:
+  """Takes every code path once, so that children find the pages written already."""
+  for program in ('def f(x):\n  return [x, {1: "a"}, (2.5, None)]', 'def f(x):\n  raise ValueError(x)'):
+    child.run(program, ['"a"', '[1]'], 2, False, lambda outcomes: child.json.dumps(outcomes))
+  import re
+  re.compile('a+b').sub('x', 'aab')
+
+
+def _announce(control: socket.socket, report: dict) -> None:
+  _send_line(control, {'report': report, 'python': sys.version.split()[0]})
+
+
+def _send_line(control: socket.socket, record: dict) -> None:
+  import json
+  control.sendall(json.dumps(record).encode() + b'\n')
+
+
+def _serve(control, child, fence, cpu_s: int, seccomp: bool) -> None:
+  pids: dict[int, int] = {}
+  fd_space = socket.CMSG_SPACE(4)
+  while True:
+    record, ancillary, _, _ = control.recvmsg(RECORD.size, fd_space)
+    if len(record) < RECORD.size:
+      return                 # the supervisor is gone; children die with this process
+    op, slot, other = RECORD.unpack(record)
+    if op in (b'R', b'X'):
+      control.sendall(_reap(slot, pids))
+    elif op == b'Q':
+      control.sendall(REPLY.pack(b'Q', slot, 0, _cpu(pids[slot]), 0.0, 0, 0))
+    if op in (b'F', b'X'):
+      fd = array.array('i', ancillary[0][2][:4])[0]
+      pid = os.fork()
+      if pid == 0:
+        _become_child(fd, control, child, fence, cpu_s, seccomp)
+      os.close(fd)
+      pids[other if op == b'X' else slot] = pid
+
+
+def _become_child(fd: int, control, child, fence, cpu_s: int, seccomp: bool) -> None:
+  try:
+    if fd != child.JOB_FD:
+      os.dup2(fd, child.JOB_FD)
+    os.closerange(child.JOB_FD + 1, 16)
+    fence.tighten(cpu_s=cpu_s, seccomp=seccomp)
+    child.serve()
+  finally:
+    os._exit(0)
+
+
+def _reap(slot: int, pids: dict[int, int]) -> bytes:
+  pid = pids.pop(slot)
+  os.kill(pid, signal.SIGKILL)     # it is our zombie at worst, so the id cannot be another's
+  _, status, usage = os.wait4(pid, 0)
+  return REPLY.pack(b'R', slot, status, usage.ru_utime, usage.ru_stime, int(usage.ru_maxrss),
+                    usage.ru_minflt)
+
+
+def _cpu(pid: int) -> float:
+  """CPU seconds of a living process: the kernel's clock of it, see clock_getcpuclockid(3)."""
+  try:
+    return time.clock_gettime(~pid << 3 | 2)
+  except OSError:
+    return -1.0

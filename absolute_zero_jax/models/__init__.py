@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model: its config, its decoder, and the weight files it reads and writes."""
+
+from absolute_zero_jax.models.config import ModelConfig, RopeScaling
+
+__all__ = ['ModelConfig', 'RopeScaling']

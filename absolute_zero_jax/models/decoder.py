@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder: LLaMA 2/3, SmolLM2, Qwen2/2.5 and Qwen3 as one Flax Linen module with flags.
+
+    tokens_BT --embed--> x_BTD --L x Block (scanned)--> --final_norm--> hidden_BTD --unembed--> V
+
+Parameters are stacked over layers for `nn.scan`; the module's partitioning metadata is the one
+table of shapes and axes that initialisation, weight files and shardings read (`param_specs`).
+Training and scoring call `hidden`; the sampler calls `prefill`, and `Block.step` layer by layer.
+
+Letters: B sequences, T query tokens, S key slots, D width, N query heads, K kv heads, G = N/K,
+H head width, F ffn width, V vocabulary, L layers, C query chunk.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from absolute_zero_jax import sharding
+from absolute_zero_jax.models.config import ModelConfig, RopeScaling
+
+Params = dict[str, Any]
+MASKED = -1e30                  # finite, so that a row without any visible key stays free of NaN
+_QUERY_CHUNK = 128
+_MAX_CHUNKS = 16
+
+
+class Spec(NamedTuple):
+  """Shape of one parameter, and the logical name of each of its axes."""
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+
+
+class Block(nn.Module):
+  """One transformer layer: attention and gated feed-forward, each behind an RMS norm.
+
+  Attributes:
+    fused: q, k, v (and gate, up) are one flat matrix each, as `sampler` lays them out for decoding.
+    collect: also return this layer's rotated keys and values.
+  """
+  config: ModelConfig
+  dtype: Any = jnp.float32
+  attention: str = 'xla'
+  fused: bool = False
+  collect: bool = False
+  mesh: Mesh | None = None
+
+  def setup(self):
+    c = self.config
+    D, N, K, H, F = c.embed, c.heads, c.kv_heads, c.head_dim, c.ffn
+    weight, one, zero = nn.initializers.normal(0.02), nn.initializers.ones, nn.initializers.zeros
+    qkv = (('q', N, 'heads'), ('k', K, 'kv_heads'), ('v', K, 'kv_heads'))
+    table = {'attn_norm': (one, (D,), ('norm',)), 'ffn_norm': (one, (D,), ('norm',))}
+    if self.fused:
+      table |= {'qkv': (weight, (D, (N + 2 * K) * H), ('embed', 'heads')),
+                'o': (weight, (N * H, D), ('heads', 'embed')),
+                'gate_up': (weight, (D, 2 * F), ('embed', 'ffn'))}
+      if c.qkv_bias:
+        table['qkv_bias'] = (zero, ((N + 2 * K) * H,), ('heads',))
+    else:
+      table |= {name: (weight, (D, n, H), ('embed', axis, 'head_dim')) for name, n, axis in qkv}
+      table |= {'o': (weight, (N, H, D), ('heads', 'head_dim', 'embed')),
+                'gate': (weight, (D, F), ('embed', 'ffn')),
+                'up': (weight, (D, F), ('embed', 'ffn'))}
+      if c.qkv_bias:
+        table |= {f'{name}_bias': (zero, (n, H), (axis, 'head_dim')) for name, n, axis in qkv}
+    table['down'] = (weight, (F, D), ('ffn', 'embed'))
+    if c.qk_norm:
+      table |= {'q_norm': (one, (H,), ('norm',)), 'k_norm': (one, (H,), ('norm',))}
+    self.w = {name: self.param(name, nn.with_logical_partitioning(init, axes), shape)
+              for name, (init, shape, axes) in table.items()}
+
+  def __call__(self, x_BTD, prefix, angles, segments_BT, prefix_segments_BP):
+    """The layer on whole sequences. Returns (x_BTD, (k_BKHT, v_BKTH) or None).
+
+    `prefix` is None, or keys and values (k_BKHP, v_BKPH) that every query may see.
+    """
+    q_BTNH, k_BTKH, v_BTKH = self._qkv(x_BTD, angles)
+    k_BKHS, v_BKSH = own = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
+    key_segments_BS = segments_BT
+    if prefix is not None:
+      k_BKHS = jnp.concatenate([prefix[0], k_BKHS], 3)
+      v_BKSH = jnp.concatenate([prefix[1], v_BKSH], 2)
+      key_segments_BS = jnp.concatenate([prefix_segments_BP, segments_BT], 1)
+    out_BTNH = attend(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS,
+                      implementation=self.attention)
+    x_BTD = x_BTD + self._out(out_BTNH)
+    x_BTD = sharding.constrain(x_BTD + self._ffn(x_BTD), ('batch', None, None), self.mesh)
+    return x_BTD, own if self.collect else None
+
+  def step(self, x_BD, angles, bias_BS, slot, k_BKHS, v_BKSH):
+    """The layer on one new token per sequence, whose key and value go to cache slot `slot`.
+
+    `bias_BS` is added to the scores: 0 where a slot may be seen, `MASKED` where not.
+    Returns (x_BD, k_BKHS, v_BKSH).
+    """
+    q_BNH, k_BKH, v_BKH = self._qkv(x_BD, angles)
+    B, N, H = q_BNH.shape
+    K = k_BKH.shape[1]
+    put = jax.lax.dynamic_update_slice_in_dim
+    k_BKHS = put(k_BKHS, k_BKH.astype(k_BKHS.dtype)[..., None], slot, 3)
+    v_BKSH = put(v_BKSH, v_BKH.astype(v_BKSH.dtype)[:, :, None], slot, 2)
+    q_BKGH = (q_BNH * H**-0.5).reshape(B, K, N // K, H).astype(k_BKHS.dtype)
+    score_BKGS = jnp.matmul(q_BKGH, k_BKHS, preferred_element_type=jnp.float32)
+    prob_BKGS = jax.nn.softmax(score_BKGS + bias_BS[:, None, None], -1).astype(v_BKSH.dtype)
+    out_BKGH = jnp.matmul(prob_BKGS, v_BKSH, preferred_element_type=jnp.float32)
+    x_BD = x_BD + self._out(out_BKGH.reshape(B, N, H).astype(self.dtype))
+    return x_BD + self._ffn(x_BD), k_BKHS, v_BKSH
+
+  def _qkv(self, x, angles):
+    """Rotated queries and keys, and values, [..., heads, H], of the normed input [..., D]."""
+    c = self.config
+    h = rms_norm(x, self.w['attn_norm'], c.norm_eps)
+    if self.fused:
+      flat = self._dot(h, self.w['qkv'])
+      if c.qkv_bias:
+        flat = flat + self._match(self.w['qkv_bias'], flat.ndim)
+      flat = flat.reshape(*h.shape[:-1], -1, c.head_dim)
+      q, k, v = jnp.split(flat, [c.heads, c.heads + c.kv_heads], -2)
+    else:
+      q, k, v = (self._dot(h, self.w[name]) for name in 'qkv')
+      if c.qkv_bias:
+        q, k, v = (y + self._match(self.w[f'{name}_bias'], y.ndim)
+                   for y, name in zip((q, k, v), 'qkv'))
+    if c.qk_norm:
+      q = rms_norm(q, self.w['q_norm'], c.norm_eps)
+      k = rms_norm(k, self.w['k_norm'], c.norm_eps)
+    return rotate(q, angles), rotate(k, angles), v
+
+  def _out(self, out):
+    if self.fused:
+      out = out.reshape(*out.shape[:-2], -1)
+      return self._dot(out, self.w['o'])
+    return self._dot(out, self.w['o'], axes=2)
+
+  def _ffn(self, x):
+    h = rms_norm(x, self.w['ffn_norm'], self.config.norm_eps)
+    if self.fused:
+      gate, up = jnp.split(self._dot(h, self.w['gate_up']), 2, -1)
+    else:
+      gate, up = self._dot(h, self.w['gate']), self._dot(h, self.w['up'])
+    return self._dot(jax.nn.silu(gate) * up, self.w['down'])
+
+  def _dot(self, x, w, axes=1):
+    """Contracts the last `axes` of x with the first of w, accumulating in float32."""
+    contract = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
+    y = jax.lax.dot_general(x.astype(self.dtype), w.astype(self.dtype), (contract, ((), ())),
+                            preferred_element_type=jnp.float32)
+    return y.astype(self.dtype)
+
+  def _match(self, w, ndim):
+    return w.astype(self.dtype).reshape((1,) * (ndim - w.ndim) + w.shape)
+
+
+class Decoder(nn.Module):
+  """Token ids to final hidden states; the parameter tree is the stored one.
+
+  Attributes:
+    dtype: of activations and matmul inputs; norms, softmax and accumulation stay float32.
+    remat: 'none' keeps all activations for the backward pass, 'full' only each layer's input,
+      'dots' also the results of weight matmuls.
+    attention: key of `ATTENTION`.
+    mesh: constrains activations to rows over data and fsdp; None leaves layout to the compiler.
+  """
+  config: ModelConfig
+  dtype: Any = jnp.float32
+  remat: str = 'none'
+  attention: str = 'xla'
+  collect: bool = False
+  mesh: Mesh | None = None
+
+  @nn.compact
+  def __call__(self, tokens_BT, positions_BT, segments_BT, prefix=None, prefix_segments_BP=None):
+    """Returns hidden_BTD after the final norm, and the stacked (k_LBKHT, v_LBKTH) or None."""
+    c = self.config
+    init = nn.initializers.normal(0.02)
+    table = nn.with_logical_partitioning(init, ('vocab', 'embed'))
+    embed_VD = self.param('embed', table, (c.vocab, c.embed))
+    if not c.tied:
+      self.param('unembed', table, (c.vocab, c.embed))
+    # Gathering the rows of a table that is split both ways makes the partitioner replicate the
+    # result; gathering its width first is the cheap way round.
+    embed_VD = sharding.constrain(embed_VD, ('vocab', None), self.mesh)
+    x_BTD = embed_VD.astype(self.dtype)[tokens_BT]
+    x_BTD = sharding.constrain(x_BTD, ('batch', None, None), self.mesh)
+    stack = nn.scan(_remat(self.remat), length=c.layers, variable_axes={'params': 0},
+                    split_rngs={'params': True}, in_axes=(0, *(nn.broadcast,) * 3), out_axes=0,
+                    metadata_params={nn.PARTITION_NAME: 'layers'})
+    block = stack(c, self.dtype, self.attention, collect=self.collect, mesh=self.mesh,
+                  name='layers')
+    x_BTD, cache = block(x_BTD, prefix, rope_angles(c, positions_BT), segments_BT,
+                         prefix_segments_BP)
+    norm = nn.with_logical_partitioning(nn.initializers.ones, ('norm',))
+    gain_D = self.param('final_norm', norm, (c.embed,))
+    return rms_norm(x_BTD, gain_D, c.norm_eps), cache
+
+
+def param_specs(config: ModelConfig) -> Params:
+  """The parameter tree as `Spec`s, without making an array."""
+  one = jnp.zeros((1, 1), jnp.int32)
+  boxes = jax.eval_shape(Decoder(config).init, jax.random.key(0), one, one, one)['params']
+  return jax.tree.map(lambda b: Spec(tuple(b.value.shape), tuple(b.names)), boxes,
+                      is_leaf=lambda b: isinstance(b, nn.LogicallyPartitioned))
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
+def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+  """Random parameters: normal(0, 0.02) for matrices, ones for norms, zeros for biases (as HF)."""
+  one = jnp.zeros((1, 1), jnp.int32)
+  params = nn.unbox(Decoder(config).init(key, one, one, one)['params'])
+  return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def hidden(config: ModelConfig, params: Params, tokens_BT: jax.Array,
+           positions_BT: jax.Array, segments_BT: jax.Array, *, dtype: Any = jnp.float32,
+           remat: str = 'none', attention: str = 'xla', mesh: Mesh | None = None) -> jax.Array:
+  """Final hidden states [B, T, D], after the last norm, in `dtype`.
+
+  A token sees the tokens before it in its row that have its segment number; 0 is padding, whose
+  outputs are finite and mean nothing. Positions count from 0 in each segment, so padding and
+  packing change no number.
+  """
+  module = Decoder(config, dtype, remat, attention, mesh=mesh)
+  return module.apply({'params': params}, tokens_BT, positions_BT, segments_BT)[0]
+
+
+def unembed(params: Params) -> jax.Array:
+  """The output table [V, D]: its own, or the embedding of a tied model."""
+  return params['unembed'] if 'unembed' in params else params['embed']
+
+
+def logits(config: ModelConfig, params: Params, tokens_BT: jax.Array,
+           positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None,
+           **options: Any) -> jax.Array:
+  """Logits [B, T, V] in float32, for small inputs; default: one unpadded segment per row."""
+  if positions_BT is None:
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+  if segments_BT is None:
+    segments_BT = jnp.ones_like(tokens_BT)
+  x_BTD = hidden(config, params, tokens_BT, positions_BT, segments_BT, **options)
+  return jnp.einsum('BTD,VD->BTV', x_BTD, unembed(params).astype(x_BTD.dtype),
+                    preferred_element_type=jnp.float32)
+
+
+def prefill(config: ModelConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array,
+            segments_BT: jax.Array, prefix: tuple[jax.Array, jax.Array] | None = None,
+            prefix_segments_BP: jax.Array | None = None, *, dtype: Any = jnp.float32,
+            attention: str = 'xla', mesh: Mesh | None = None) -> tuple[jax.Array, jax.Array]:
+  """Rotated keys [L, B, K, H, T] and values [L, B, K, T, H] of the tokens, for a cache.
+
+  `prefix` holds keys and values of tokens that stand before every row; it is seen where
+  `prefix_segments_BP` equals the query's segment.
+  """
+  module = Decoder(config, dtype, attention=attention, collect=True, mesh=mesh)
+  return module.apply({'params': params}, tokens_BT, positions_BT, segments_BT, prefix,
+                      prefix_segments_BP)[1]
+
+
+def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array,
+           key_segments_BS: jax.Array, *, implementation: str = 'xla') -> jax.Array:
+  """Causal attention inside equal non-zero segments; the one call site of every kernel.
+
+  The T queries are the last T of the S keys' tokens.
+
+  Raises ValueError for an unknown implementation.
+  """
+  if implementation not in ATTENTION:
+    raise ValueError(f'attention={implementation!r} is unknown; allowed: {sorted(ATTENTION)}')
+  return ATTENTION[implementation](q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS)
+
+
+def _attend_xla(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS):
+  """Masked matmuls in chunks of queries; each chunk reads only the keys up to its end."""
+  B, T, N, H = q_BTNH.shape
+  K, S = k_BKHS.shape[1], k_BKHS.shape[3]
+  q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  chunk = max(_QUERY_CHUNK, math.ceil(T / _MAX_CHUNKS))
+
+  def one(q_BKGCH, k_BKHS, v_BKSH, allowed_BCS):
+    C = q_BKGCH.shape[3]
+    flat = q_BKGCH.reshape(B, K, -1, H)
+    score_BKGCS = jnp.matmul(flat, k_BKHS, preferred_element_type=jnp.float32).reshape(
+        B, K, N // K, C, -1)
+    prob_BKGCS = jax.nn.softmax(jnp.where(allowed_BCS[:, None, None], score_BKGCS, MASKED), -1)
+    flat = prob_BKGCS.astype(v_BKSH.dtype).reshape(B, K, (N // K) * C, -1)
+    out = jnp.matmul(flat, v_BKSH, preferred_element_type=jnp.float32)
+    return out.reshape(B, K, N // K, C, H).astype(q_BKGCH.dtype)
+
+  # Without it the backward pass of a long layer would hold the probabilities of all its chunks.
+  one = jax.checkpoint(one) if T > 8 * _QUERY_CHUNK else one
+  outs = []
+  for begin in range(0, T, chunk):
+    end = min(begin + chunk, T)
+    seen = S - T + end
+    allowed_BCS = _allowed(segments_BT[:, begin:end], key_segments_BS[:, :seen], S - T + begin)
+    outs.append(one(q_BKGTH[:, :, :, begin:end], k_BKHS[..., :seen], v_BKSH[:, :, :seen],
+                    allowed_BCS))
+  out_BKGTH = jnp.concatenate(outs, 3)
+  return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _attend_cudnn(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS):
+  """Flash attention of cuDNN; needs an NVIDIA GPU and a 16-bit dtype."""
+  allowed_BTS = _allowed(segments_BT, key_segments_BS, k_BKHS.shape[3] - q_BTNH.shape[1])
+  return jax.nn.dot_product_attention(
+      q_BTNH, k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3),
+      mask=allowed_BTS[:, None], implementation='cudnn')
+
+
+ATTENTION = {'xla': _attend_xla, 'cudnn': _attend_cudnn}
+
+
+def _allowed(segments_BT, key_segments_BS, offset):
+  """Mask [B, T, S] of a query block whose first query is key number `offset`."""
+  T, S = segments_BT.shape[1], key_segments_BS.shape[1]
+  causal_TS = jnp.arange(S)[None] <= jnp.arange(T)[:, None] + offset
+  same_BTS = segments_BT[:, :, None] == key_segments_BS[:, None]
+  return causal_TS[None] & same_BTS & (key_segments_BS > 0)[:, None]
+
+
+def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+  """x / rms(x) * gain over the last axis, in float32, returned in x's dtype."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+  return (y * gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines [..., H/2] in float32 of integer positions [...]."""
+  # Positions become float32: bfloat16 has 8 significant bits, so position 257 would be 256.
+  frequencies = rope_frequencies(config).reshape((1,) * positions.ndim + (-1,))
+  angles = positions[..., None].astype(jnp.float32) * frequencies
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(config: ModelConfig) -> jax.Array:
+  """Radians per position of each of the H/2 pairs. Source: transformers modeling_rope_utils.py."""
+  exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+  frequencies = 1.0 / config.rope_theta**exponents
+  scaling: RopeScaling | None = config.rope_scaling
+  if scaling is None:
+    return frequencies
+  if scaling.kind == 'linear':
+    return frequencies / scaling.factor
+  # llama3: long wavelengths are stretched, short ones kept, those between interpolated.
+  wavelengths = 2 * math.pi / frequencies
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  smooth = (scaling.original_max_positions / wavelengths - low) / (high - low)
+  smooth = jnp.clip(smooth, 0.0, 1.0)
+  return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """RoPE on [..., heads, H] with angles [..., H/2]; pairs are (i, i + H/2), as HF 'rotate half'."""
+  cos, sin = (a[..., None, :] for a in angles)
+  x1, x2 = jnp.split(x.astype(jnp.float32), 2, -1)
+  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+
+
+def _remat(remat):
+  policies = {'full': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+  if remat == 'none':
+    return Block
+  if remat not in policies:
+    raise ValueError(f"remat={remat!r} is unknown; allowed: 'none', 'full', 'dots'.")
+  return nn.remat(Block, policy=policies[remat], prevent_cse=False)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From rows of token ids to micro-batches of few static shapes: numpy, on the host.
+
+    rows --plan--> Plan (where each row lies) --fill--> [Batch, ...] --take_rows--> values per row
+
+A micro-batch holds at most `micro_batch_tokens` positions. Rows are laid out longest first, so that
+those of one micro-batch have similar lengths; its length T is the bucket of its longest row and its
+number of rows follows from T, hence the few shapes. With `pack`, several rows share one line of T
+positions (first fit, longest first) and are kept apart by their segment numbers.
+
+Letters: B lines of a micro-batch, T positions of a line, C blocks of B / C lines (one per data
+shard of the mesh), M scored tokens of a block.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from absolute_zero_jax.advantages import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One prompt and one response to learn from.
+
+  Attributes:
+    sampler_logprobs: of the response tokens under the distribution they were drawn from.
+    model_logprobs: of the response tokens under the model at temperature 1, by the sampler.
+    reward: of the whole response, or one number per response token.
+    prompt: group id; rows that answer the same prompt carry the same.
+    mask: one truth value per response token, False for text the model did not write (the
+      environment's turns); () trains every token.
+  """
+  prompt_ids: Sequence[int]
+  response_ids: Sequence[int]
+  sampler_logprobs: Sequence[float]
+  model_logprobs: Sequence[float]
+  reward: float | Sequence[float]
+  kind: str
+  role: str
+  prompt: str | int
+  mask: Sequence[bool] = ()
+
+
+class Batch(NamedTuple):
+  """One micro-batch. `segments_BT` is 0 on padding; `mask_BT` is 1 on trained response tokens.
+
+  Everything per token stands at the position of the token itself, and is scored from the position
+  before it. `weights_BT` carries the aggregation over the whole update, so a loss is
+  sum(weights * token loss) over all micro-batches. `groups_BT` numbers the (role, kind).
+  `index_CM` lists the trained tokens of each block as flat positions, -1 where it has fewer.
+  """
+  tokens_BT: Any
+  positions_BT: Any
+  segments_BT: Any
+  mask_BT: Any
+  advantages_BT: Any
+  weights_BT: Any
+  old_logprobs_BT: Any
+  sampler_logprobs_BT: Any
+  model_logprobs_BT: Any
+  ref_logprobs_BT: Any
+  groups_BT: Any
+  index_CM: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a row lies: micro-batch, line, and position of its first prompt token."""
+  batch: int
+  line: int
+  start: int
+  segment: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Places of the rows, and (B, T, M) of each micro-batch; `blocks` is C of all of them."""
+  places: tuple[Place, ...]
+  shapes: tuple[tuple[int, int, int], ...]
+  blocks: int
+
+
+def plan(rows: Sequence[Row], *, micro_batch_tokens: int, blocks: int = 1, pack: bool = False,
+         buckets: Sequence[int] = ()) -> Plan:
+  """Decides the place of every row; depends on the lengths alone, so equal calls agree.
+
+  Args:
+    micro_batch_tokens: B * T of a micro-batch is at most this, unless one line per block needs
+      more.
+    blocks: data shards; B is a multiple of it.
+    buckets: allowed line lengths, ascending; () takes 64, 128, 256, 384, 512, 768, 1024, ... .
+
+  Raises:
+    ValueError: no rows; an empty prompt or response; a row longer than the last bucket.
+  """
+  lengths = [_checked_length(i, row) for i, row in enumerate(rows)]
+  if not rows:
+    raise ValueError('an update needs at least one row; none was given.')
+  order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
+  longest = bucket(lengths[order[0]], buckets)
+  if pack:
+    lines = _first_fit(order, lengths, longest)
+  else:
+    lines = [[i] for i in order]
+  places: list[Place | None] = [None] * len(rows)
+  shapes, needs, done = [], [], 0
+  while done < len(lines):
+    T = longest if pack else bucket(lengths[lines[done][0]], buckets)
+    full = max(1, micro_batch_tokens // (T * blocks)) * blocks
+    part = lines[done:done + full]
+    done += len(part)
+    B = min(full, blocks * _power_of_two(-(-len(part) // blocks)))
+    need = _place(rows, lengths, part, B, blocks, len(shapes), places)
+    shapes.append((B, T))
+    needs.append(need)
+  # One scored-token budget for all micro-batches of a shape, in quarters of the block.
+  budget = {}
+  for shape, need in zip(shapes, needs):
+    quarter = -(-shape[0] * shape[1] // blocks // 4)
+    budget[shape] = max(budget.get(shape, 0), -(-need // quarter) * quarter)
+  return Plan(tuple(places), tuple((*s, budget[s]) for s in shapes), blocks)
+
+
+def fill(p: Plan, rows: Sequence[Row], groups: Sequence[int] = (),
+         **values: Sequence[np.ndarray]) -> list[Batch]:
+  """Micro-batches of numpy arrays.
+
+  `values` maps field names of `Batch` without their suffix ('advantages', 'old_logprobs', ...) to
+  one array of response tokens per row; what is not given is 0.
+  """
+  out = []
+  for B, T, M in p.shapes:
+    ints = [np.zeros((B, T), np.int32) for _ in range(3)]
+    floats = [np.zeros((B, T), np.float32) for _ in range(7)]
+    out.append(Batch(*ints, *floats, np.zeros((B, T), np.int32),
+                     np.full((p.blocks, M), -1, np.int32)))
+  for i, (row, place) in enumerate(zip(rows, p.places)):
+    batch = out[place.batch]
+    first = place.start + len(row.prompt_ids)
+    end = first + len(row.response_ids)
+    line = (place.line, slice(place.start, end))
+    batch.tokens_BT[line] = (*row.prompt_ids, *row.response_ids)
+    batch.positions_BT[line] = np.arange(end - place.start)
+    batch.segments_BT[line] = place.segment
+    response = (place.line, slice(first, end))
+    batch.mask_BT[response] = mask(row)
+    batch.groups_BT[response] = groups[i] if len(groups) else 0
+    for name, per_row in values.items():
+      getattr(batch, f'{name}_BT')[response] = per_row[i]
+  for batch in out:
+    for block, mask_T in enumerate(batch.mask_BT.reshape(p.blocks, -1)):
+      found = np.flatnonzero(mask_T)
+      batch.index_CM[block, :len(found)] = found
+  return out
+
+
+def take_rows(p: Plan, rows: Sequence[Row], batches: Sequence[Batch],
+              scored: Sequence[np.ndarray]) -> list[np.ndarray]:
+  """Undoes the layout: per-token results [C, M] of each micro-batch to one array per row.
+
+  Response tokens outside a row's own mask get 0.
+  """
+  spread = []
+  for batch, value_CM in zip(batches, scored):
+    flat_CT = np.zeros((p.blocks, batch.mask_BT.size // p.blocks), np.float32)
+    for block, index_M in enumerate(batch.index_CM):
+      flat_CT[block, index_M[index_M >= 0]] = np.asarray(value_CM)[block, index_M >= 0]
+    spread.append(flat_CT.reshape(batch.mask_BT.shape))
+  out = []
+  for row, place in zip(rows, p.places):
+    first = place.start + len(row.prompt_ids)
+    out.append(spread[place.batch][place.line, first:first + len(row.response_ids)])
+  return out
+
+
+def rollout(rows: Sequence[Row]) -> tuple[tuple[str, ...], Rollout]:
+  """Names of the roles, and the padded arrays that estimators read."""
+  masks = [mask(row) for row in rows]
+  reward = []
+  for row, mask_T in zip(rows, masks):
+    if isinstance(row.reward, int | float):
+      reward_T = np.zeros(len(mask_T))
+      reward_T[np.flatnonzero(mask_T)[-1:]] = row.reward     # the last token that is trained
+    else:
+      reward_T = np.asarray(row.reward, np.float64)
+    reward.append(reward_T)
+  def number(names):
+    return np.unique(np.array([str(n) for n in names]), return_inverse=True)
+  (roles, role_B), (_, kind_B), (_, prompt_B) = (
+      number([r.role for r in rows]), number([r.kind for r in rows]),
+      number([r.prompt for r in rows]))
+  return tuple(roles.tolist()), Rollout(
+      padded(reward), padded(masks), role_B, kind_B, prompt_B)
+
+
+def padded(per_row: Sequence[np.ndarray]) -> np.ndarray:
+  """One float64 array [B, T] of values per response token, zeros on the right."""
+  out_BT = np.zeros((len(per_row), max(len(x) for x in per_row)))
+  for out_T, x in zip(out_BT, per_row):
+    out_T[:len(x)] = x
+  return out_BT
+
+
+def mask(row: Row) -> np.ndarray:
+  """1.0 on the response tokens of a row that are trained."""
+  return np.asarray(row.mask or np.ones(len(row.response_ids)), np.float32)
+
+
+def bucket(length: int, buckets: Sequence[int] = ()) -> int:
+  """The smallest allowed line length that holds `length` tokens.
+
+  The default lengths are powers of two and one and a half times those, from 64 on (without 96 and
+  192, since attention works in blocks of 128): at most a third of a line is padding.
+  """
+  if not buckets:
+    buckets = (64, 128, *(n for k in range(8, 40) for n in (2**k, 3 * 2**(k - 1))))
+  for size in buckets:
+    if length <= size:
+      return size
+  raise ValueError(f'a row of {length} tokens does not fit the longest bucket {buckets[-1]}; add a '
+                   'longer one to length_buckets, or shorten prompts or responses.')
+
+
+def _place(rows, lengths, lines, B, blocks, number, places) -> int:
+  """Deals lines to blocks, fewest scored tokens first; returns the most a block has to score."""
+  scored = [sum(int(mask(rows[i]).sum()) for i in line) for line in lines]
+  total, used = [0] * blocks, [0] * blocks
+  for j in sorted(range(len(lines)), key=lambda j: (-scored[j], j)):
+    block = min((b for b in range(blocks) if used[b] < B // blocks), key=lambda b: (total[b], b))
+    start = 0
+    for segment, i in enumerate(lines[j]):
+      places[i] = Place(number, block * (B // blocks) + used[block], start, segment + 1)
+      start += lengths[i]
+    total[block] += scored[j]
+    used[block] += 1
+  return max(max(total), 1)
+
+
+def _first_fit(order: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+  """First-fit-decreasing: each row goes to the first line that still has room."""
+  lines, room = [], []
+  for i in order:
+    j = next((j for j, free in enumerate(room) if lengths[i] <= free), len(lines))
+    if j == len(lines):
+      lines.append([])
+      room.append(size)
+    lines[j].append(i)
+    room[j] -= lengths[i]
+  return lines
+
+
+def _power_of_two(n: int) -> int:
+  return 1 << (n - 1).bit_length()
+
+
+def _checked_length(i: int, row: Row) -> int:
+  n = len(row.response_ids)
+  if not len(row.prompt_ids) or not n:
+    raise ValueError(f'row {i} ({row.role} {row.kind}) has {len(row.prompt_ids)} prompt and {n} '
+                     'response tokens; both need at least one (the stop token counts).')
+  for name in ('sampler_logprobs', 'model_logprobs', 'mask'):
+    value = getattr(row, name)
+    if len(value) != n and not (name == 'mask' and not len(value)):
+      raise ValueError(f'row {i} ({row.role} {row.kind}): {name} has {len(value)} entries for {n} '
+                       'response tokens; give one each, the stop token included.')
+  if not isinstance(row.reward, int | float) and len(row.reward) != n:
+    raise ValueError(f'row {i} ({row.role} {row.kind}): {len(row.reward)} rewards for {n} response '
+                     'tokens; give one number for the whole response, or one each.')
+  return len(row.prompt_ids) + n

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws one token per row from logits, with exact log-probs and without sorting the vocabulary.
+
+    logits_BV -> weights exp((logit - max) / temperature) -> keep those above a threshold per row
+              -> inverse CDF in two levels (a block of 128, then a token inside it)
+
+A categorical draw by Gumbel noise costs one random number per vocabulary entry, which on a CPU is
+dearer than the model; this one needs two per row. Top-k, top-p and min-p all keep the tokens whose
+weight reaches a threshold. The threshold is found exactly by a search over the 30 bits of a float
+in [0, 1], since non-negative floats order like their bit patterns.
+
+Letters: B rows, V vocabulary, C = 128 block width, N = V/C blocks, I groups of J rows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK = 128
+_GROUP = 8                       # rows whose weights stay in a core's cache between passes
+_TOP_BITS = 30                   # the bit pattern of 1.0 is below 2**30
+
+
+class Options(NamedTuple):
+  """Sampling parameters as traced scalars, so that changing them compiles nothing.
+
+  `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 switch each truncation off.
+  """
+  temperature: jax.Array
+  top_k: jax.Array
+  top_p: jax.Array
+  min_p: jax.Array
+
+
+class Draw(NamedTuple):
+  """Drawn tokens, and their log-probs under the sampling distribution and under the model."""
+  tokens_B: jax.Array
+  sampler_logprobs_B: jax.Array
+  model_logprobs_B: jax.Array
+
+
+def options(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+            min_p: float = 0.0) -> Options:
+  """Checked sampling parameters.
+
+  Raises ValueError outside temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1.
+  """
+  allowed = {'temperature': (temperature, 0 <= temperature < float('inf'), 'at least 0 (0: greedy)'),
+             'top_k': (top_k, top_k >= 0 and top_k == int(top_k), 'an integer >= 0 (0: off)'),
+             'top_p': (top_p, 0 < top_p <= 1, 'above 0 and at most 1 (1: off)'),
+             'min_p': (min_p, 0 <= min_p <= 1, 'between 0 (off) and 1')}
+  for name, (value, is_allowed, bound) in allowed.items():
+    if not is_allowed:
+      raise ValueError(f'{name}={value} must be {bound}.')
+  return Options(jnp.float32(temperature), jnp.int32(min(top_k, 2**31 - 1)), jnp.float32(top_p),
+                 jnp.float32(min_p))
+
+
+def draw(logits_BV: jax.Array, allowed_V: jax.Array, uniform_B2: jax.Array, opts: Options, *,
+         grouped: bool = True) -> Draw:
+  """Draws a token of each row by two uniform numbers in [0, 1).
+
+  Tokens outside `allowed_V` (padding ids) are never drawn. Truncation is applied in the order of
+  HF: temperature, top-k, top-p of what top-k left, min-p; tokens tied with the last kept one are
+  kept. `sampler_logprobs` are renormalised over what is kept (0 when greedy), `model_logprobs` are
+  log-softmax of the untouched logits over the whole vocabulary. Greedy takes the lowest id among
+  equal best logits. `grouped` works on a few rows at a time, which is for a CPU's caches and must
+  be off where the rows are split over devices.
+  """
+  B, V = logits_BV.shape
+  pad = -V % _BLOCK
+  if pad:
+    logits_BV = jnp.pad(logits_BV, ((0, 0), (0, pad)), constant_values=-jnp.inf)
+    allowed_V = jnp.pad(allowed_V, (0, pad))
+  if not grouped or B <= _GROUP or B % _GROUP:
+    return _draw(logits_BV, allowed_V, uniform_B2, opts)
+  logits_IJV = logits_BV.reshape(B // _GROUP, _GROUP, V + pad)
+  uniform_IJ2 = uniform_B2.reshape(B // _GROUP, _GROUP, 2)
+  drawn = jax.lax.map(lambda x: _draw(x[0], allowed_V, x[1], opts), (logits_IJV, uniform_IJ2))
+  return jax.tree.map(lambda x: x.reshape(B), drawn)
+
+
+def _draw(logits_BV, allowed_V, uniform_B2, opts):
+  logits_BV = logits_BV.astype(jnp.float32)
+  peak_B = jnp.max(logits_BV, -1)
+  total_B = jnp.sum(jnp.exp(logits_BV - peak_B[:, None]), -1)
+  allowed_BV = jnp.where(allowed_V[None], logits_BV, -jnp.inf)
+
+  def greedy():
+    return _argmax(allowed_BV), jnp.zeros_like(peak_B)
+
+  def random():
+    weight_BV = _weights(allowed_BV, opts)
+    tokens_B = _inverse_cdf(weight_BV, uniform_B2)
+    return tokens_B, jnp.log(_at(weight_BV, tokens_B)) - jnp.log(jnp.sum(weight_BV, -1))
+
+  tokens_B, sampler_B = jax.lax.cond(opts.temperature == 0, greedy, random)
+  model_B = _at(logits_BV, tokens_B) - peak_B - jnp.log(total_B)
+  return Draw(tokens_B, sampler_B, model_B)
+
+
+def _weights(allowed_BV, opts):
+  """Unnormalised probabilities, 1 for the best token and 0 for what truncation removes."""
+  best_B = jnp.max(allowed_BV, -1)
+  temperature = jnp.where(opts.temperature == 0, 1.0, opts.temperature)
+  weight_BV = jnp.exp((allowed_BV - best_B[:, None]) / temperature)
+
+  def cut(weight_BV):
+    V = weight_BV.shape[1]
+    floor_B = jnp.full(best_B.shape, opts.min_p)
+    top_k = jnp.where(opts.top_k == 0, V, opts.top_k).astype(jnp.float32)
+    kth_B = jax.lax.cond(opts.top_k > 0, lambda: _threshold(weight_BV, None, top_k + 0 * best_B),
+                         lambda: jnp.zeros_like(best_B))
+    kept_BV = jnp.where(weight_BV >= kth_B[:, None], weight_BV, 0.0)
+    mass_B = opts.top_p * jnp.sum(kept_BV, -1)
+    pth_B = jax.lax.cond(opts.top_p < 1, lambda: _threshold(kept_BV, kept_BV, mass_B),
+                         lambda: jnp.zeros_like(best_B))
+    floor_B = jnp.maximum(floor_B, jnp.maximum(kth_B, pth_B))
+    return jnp.where(weight_BV >= floor_B[:, None], weight_BV, 0.0)
+
+  truncates = (opts.top_k > 0) | (opts.top_p < 1) | (opts.min_p > 0)
+  return jax.lax.cond(truncates, cut, lambda w: w, weight_BV)
+
+
+def _threshold(weight_BV, amount_BV, limit_B):
+  """Smallest weight of each row such that the amounts strictly above it stay below `limit_B`.
+
+  Amounts of None count tokens. Returns 0 where everything may stay.
+  """
+  bits_BV = jax.lax.bitcast_convert_type(weight_BV, jnp.int32)
+
+  def narrow(i, low_B):
+    # The answer is the smallest bit pattern x with amount(above x) < limit; it lies in
+    # [low, low + 2**(30 - i)), and this pass decides in which half.
+    half = jnp.left_shift(1, _TOP_BITS - 1 - i)
+    over_BV = bits_BV >= (low_B + half)[:, None]
+    amount_B = jnp.sum(jnp.where(over_BV, 1.0 if amount_BV is None else amount_BV, 0.0), -1)
+    return jnp.where(amount_B >= limit_B, low_B + half, low_B)
+
+  low_B = jax.lax.fori_loop(0, _TOP_BITS, narrow, jnp.zeros(limit_B.shape, jnp.int32))
+  return jax.lax.bitcast_convert_type(low_B, jnp.float32)
+
+
+def _inverse_cdf(weight_BV, uniform_B2):
+  """Index drawn in proportion to non-negative weights, not all zero."""
+  B, V = weight_BV.shape
+  block_BNC = weight_BV.reshape(B, V // _BLOCK, _BLOCK)
+  n_B = _pick(jnp.sum(block_BNC, -1), uniform_B2[:, 0])
+  row_BC = jnp.take_along_axis(block_BNC, n_B[:, None, None], 1)[:, 0]
+  return n_B * _BLOCK + _pick(row_BC, uniform_B2[:, 1])
+
+
+def _pick(weight_BN, uniform_B):
+  sums_BN = jnp.cumsum(weight_BN, -1)
+  below_BN = sums_BN <= uniform_B[:, None] * sums_BN[:, -1:]
+  # Rounding may lift uniform * total to the total itself; then the last possible index is meant,
+  # not the last index, whose weight may be 0.
+  last_B = jnp.max(jnp.where(weight_BN > 0, jnp.arange(weight_BN.shape[1])[None], 0), -1)
+  return jnp.minimum(jnp.sum(below_BN, -1, dtype=jnp.int32), last_B.astype(jnp.int32))
+
+
+def _argmax(x_BV):
+  """argmax in two levels: XLA's own walks a CPU core through all of V with index pairs."""
+  B, V = x_BV.shape
+  block_BNC = x_BV.reshape(B, V // _BLOCK, _BLOCK)
+  n_B = jnp.argmax(jnp.max(block_BNC, -1), -1)
+  row_BC = jnp.take_along_axis(block_BNC, n_B[:, None, None], 1)[:, 0]
+  return (n_B * _BLOCK + jnp.argmax(row_BC, -1)).astype(jnp.int32)
+
+
+def _at(x_BV, index_B):
+  return jnp.take_along_axis(x_BV, index_B[:, None], 1)[:, 0]

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of an iteration, by kind and role, and the table a person reads at the end.
+
+Names: `propose_deduction/valid_rate`, `solve_induction/accuracy`, ... A rate is a share of the
+attempts of that kind and role. Learnability is averaged over valid proposals only (the reference
+logs it under "accuracy" with invalid ones as 0; spec section 9).
+"""
+
+import collections
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from absolute_zero_jax import metrics
+from absolute_zero_jax.types import Episode, Role
+
+
+def scalars(result) -> dict[str, float]:
+  """Scalars of one `selfplay.Result`."""
+  out = {}
+  for kind in dict.fromkeys(a.kind.name for a in result.proposals + result.solved):
+    mine = [a for a in result.proposals if a.kind.name == kind]
+    if mine:
+      out |= _prefixed(f'propose_{kind}', _proposals(mine))
+    for phase, attempts in (('solve', result.solved), ('measure', result.measured)):
+      mine = [a for a in attempts if a.kind.name == kind]
+      if mine:
+        out |= _prefixed(f'{phase}_{kind}', _answers(mine))
+  for (role, kind), episodes in _by_role_kind(result.episodes).items():
+    rewards = [e.reward for e in episodes]
+    out[f'{role}_{kind}/reward'] = float(np.mean(rewards))
+  rates = [a.solve_rate for a in result.proposals if a.solve_rate is not None]
+  if rates:
+    edges = np.linspace(0, 1, 9)
+    counts = np.histogram(rates, bins=np.append(edges - 1 / 16, 1 + 1 / 16))[0]
+    out |= {f'solve_rate_share/{e:.3f}': n / len(rates) for e, n in zip(edges, counts, strict=True)}
+    out['propose/learnable_share'] = float(np.mean([0 < r < 1 for r in rates]))
+  return out
+
+
+def _proposals(attempts: Sequence) -> dict[str, float]:
+  valid = [a for a in attempts if a.status == 'ok']
+  out = {'count': len(attempts), 'valid_rate': len(valid) / len(attempts),
+         'well_formed_rate': np.mean([a.well_formed for a in attempts])}
+  for status, count in collections.Counter(a.status for a in attempts).items():
+    out[f'status/{status}'] = count / len(attempts)
+  rates = [a.solve_rate for a in valid if a.solve_rate is not None]
+  if rates:
+    out['solve_rate'] = np.mean(rates)
+    out['learnability'] = np.mean([1 - r if r else 0.0 for r in rates])
+  return out | _lengths(attempts)
+
+
+def _answers(attempts: Sequence) -> dict[str, float]:
+  out = {'count': len(attempts), 'accuracy': np.mean([a.accuracy for a in attempts]),
+         'well_formed_rate': np.mean([a.well_formed and a.parsed is not None for a in attempts])}
+  for status, count in collections.Counter(a.status for a in attempts).items():
+    out[f'status/{status}'] = count / len(attempts)
+  right = [len(a.turn.response_ids) for a in attempts if a.accuracy == 1]
+  if right:
+    out['response_tokens_correct'] = np.mean(right)
+  return out | _lengths(attempts)
+
+
+def _lengths(attempts: Sequence) -> dict[str, float]:
+  lengths = [len(a.turn.response_ids) for a in attempts]
+  return {'prompt_tokens': np.mean([len(a.turn.prompt_ids) for a in attempts]),
+          'response_tokens': np.mean(lengths), 'response_tokens_max': max(lengths),
+          'truncated_share': np.mean([a.turn.finish == 'length' for a in attempts])}
+
+
+def final_table(history: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> str:
+  """Means over the iterations of `history`, one row per kind."""
+  def mean(name: str) -> float:
+    values = [h[name] for h in history if name in h]
+    return float(np.mean(values)) if values else float('nan')
+
+  rows = [[kind, _percent(mean(f'propose_{kind}/valid_rate')),
+           mean(f'propose_{kind}/learnability'), _percent(mean(f'measure_{kind}/accuracy')),
+           _percent(mean(f'solve_{kind}/accuracy')), mean(f'propose_{kind}/reward'),
+           mean(f'solve_{kind}/reward')] for kind in kinds]
+  return metrics.table(['kind', 'valid proposals', 'learnability', 'MC solve rate', 'solved',
+                        'propose reward', 'solve reward'], rows)
+
+
+def step_line(step: int, steps: int, scalars: Mapping[str, float], kinds: Sequence[str]) -> str:
+  """One line about one iteration."""
+  def rates(name: str) -> str:
+    return ' '.join(f'{k[:3]} {_percent(scalars.get(name.format(k), float("nan")))}' for k in kinds)
+  return (f'iteration {step}/{steps}: valid {rates("propose_{}/valid_rate")} | '
+          f'solved {rates("solve_{}/accuracy")} | loss {scalars["train/loss"]:+.4f}, '
+          f'grad {scalars["train/grad_norm"]:.2f}, entropy {scalars["train/entropy"]:.2f} | '
+          f'{scalars["sampler/tokens_per_s"]:.0f} tok/s, {scalars["time/iteration"]:.1f} s')
+
+
+def time_line(history: Sequence[Mapping[str, float]]) -> str:
+  """Where the time went, as shares of all iterations, largest first."""
+  total = sum(h['time/iteration'] for h in history)
+  phases = collections.Counter()
+  for h in history:
+    for name, seconds in h.items():
+      if name.startswith('time/') and name != 'time/iteration':
+        phases[name.removeprefix('time/')] += seconds
+  parts = [f'{name} {seconds / total:.0%}' for name, seconds in phases.most_common() if seconds]
+  return ', '.join(parts)
+
+
+def sample_texts(episodes: Sequence[Episode], count: int) -> dict[str, str]:
+  """Markdown of up to `count` episodes per kind and role, the best-rewarded first."""
+  out = {}
+  for (role, kind), mine in _by_role_kind(episodes).items():
+    best = sorted(mine, key=lambda e: -e.reward)[:count]
+    if best:
+      out[f'{role}_{kind}'] = '\n\n---\n\n'.join(
+          f'**{e.status}, reward {e.reward:.3g}**\n\n{_code(e.turns[-1].text)}' for e in best)
+  return out
+
+
+def _code(text: str) -> str:
+  return ''.join(f'    {line}\n' for line in text.splitlines())
+
+
+def _by_role_kind(episodes: Sequence[Episode]) -> dict[tuple[str, str], list[Episode]]:
+  out = collections.defaultdict(list)
+  for e in episodes:
+    if e.role == Role.PROPOSE or e.train:
+      out[e.role.value, e.kind].append(e)
+  return out
+
+
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+  return {f'{prefix}/{k}': float(v) for k, v in values.items()}
+
+
+def _percent(x: float) -> str:
+  return '-' if np.isnan(x) else f'{x:.0%}'

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deduction: given a program and an input, predict the output (`code_o` of the reference).
+
+The proposing half is shared by the kinds whose problem is one program with one input: abduction and
+error prediction extend this class and differ in what is hidden.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+from absolute_zero_jax.tasks import program, text
+from absolute_zero_jax.types import Job, Status, Task, Verdict
+
+IDENTITY = 'def f(a):\n    return a'
+HELLO = "'Hello world'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Deduction:
+  """Program + input -> output.
+
+  Attributes:
+    rules: what a proposed program must look like.
+    min_references: the fewest references a proposer prompt can do with.
+    timeout_s: wall limit of each job; 0 takes the executor's.
+  """
+  name: str = 'deduction'
+  rules: program.Rules = program.Rules()
+  min_references: int = 0
+  timeout_s: float = 0.0
+
+  def seeds(self) -> list[Task]:
+    """The zero triplet: identity, and a greeting as input and output."""
+    key = program.key(self.name, IDENTITY, (HELLO,))
+    return [Task(self.name, IDENTITY, ((HELLO, HELLO),), key=key)]
+
+  def references(self, buffer, rng, count: int, strategy: str = 'uniform') -> list[Task]:
+    """`count` tasks of this kind (or all there are), drawn without replacement."""
+    return buffer.references((self.name,), rng, count, strategy)
+
+  def propose_prompt(self, references: Sequence[Task], prompts, variant: int = 0) -> str:
+    """Prompt for a new program with an input; `variant` picks the prompt set's own examples."""
+    return prompts.render('propose', self.name,
+                          references=prompts.references(self.name, references, variant),
+                          banned=', '.join(self.rules.banned_words) or 'none')
+
+  def parse_proposal(self, answer: str, references: Sequence[Task]) -> program.Proposal | str:
+    """The proposal, or the reason why it has no valid form.
+
+    The program is the first Python block. The input is the first input block, else the line
+    `# Input: ...`, else a trailing call of f in the program. It must be a list of literals.
+    """
+    blocks = text.fences(answer)
+    found = program.read(blocks, self.rules)
+    if isinstance(found, str):
+      return found
+    given = text.first(blocks, ('input',))
+    if given is None:
+      given = found.call or text.labelled_line(answer, 'input')
+    if not given:
+      return 'no_input'
+    arguments = text.arguments(given)
+    if arguments is None:
+      return 'input_not_literal'
+    if any(task.key == program.key(self.name, found.source, (arguments,)) for task in references):
+      return 'copied'
+    return program.Proposal(found.source, (arguments,))
+
+  def validation_jobs(self, proposal: program.Proposal) -> list[Job]:
+    """One job: run, repeat, and check that the output equals itself."""
+    return [Job('validate', proposal.program, proposal.inputs, timeout_s=self.timeout_s)]
+
+  def to_task(self, proposal: program.Proposal, verdicts: Sequence[Verdict],
+              step: int) -> Task | str:
+    """The task with canonical values, or the status that made it invalid."""
+    verdict = verdicts[0]
+    if verdict.status is not Status.OK:
+      return verdict.status.value
+    cases = tuple((run.input, run.output) for run in verdict.runs)
+    key = program.key(self.name, proposal.program, [i for i, _ in cases])
+    return Task(self.name, proposal.program, cases, born_step=step, key=key, extra=proposal.extra)
+
+  def solve_prompt(self, task: Task, prompts) -> str:
+    """Prompt for the output."""
+    return prompts.solve(task)
+
+  def parse_answer(self, answer: str) -> str | None:
+    """The last output block, `# Output:` line, or else the whole answer; None when blank."""
+    return answer_text(answer, 'output')
+
+  def checking_jobs(self, task: Task, answer: str) -> list[Job]:
+    """Compares the answer, as a value, with the stored output. Runs no program."""
+    return [Job('compare', inputs=(answer,), expected=(task.output,), timeout_s=self.timeout_s)]
+
+  def accuracy(self, task: Task, answer: str, verdicts: Sequence[Verdict]) -> float:
+    """1 when the value is equal, else 0."""
+    return float(_matches(verdicts) == [True])
+
+
+def answer_text(answer: str, label: str) -> str | None:
+  """What an answer says: last block of that label, `# Label:` line, last block, or all of it."""
+  blocks = text.fences(answer)
+  found = text.last(blocks, (label,))
+  if found is None:
+    found = text.labelled_line(answer, label)
+  if found is None and blocks:
+    found = blocks[-1].body
+  found = (answer if found is None else found).strip()
+  return found or None
+
+
+def _matches(verdicts: Sequence[Verdict]) -> list[bool]:
+  return [run.status is Status.OK and run.matches for v in verdicts for run in v.runs]

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Error prediction: does the program raise on the input, and what (`code_e` of the reference)."""
+
+import ast
+from collections.abc import Sequence
+import dataclasses
+import re
+
+from absolute_zero_jax.tasks import deduction, program, text
+from absolute_zero_jax.types import Job, Task, Verdict
+
+NO_ERROR = 'NoError'
+
+
+@dataclasses.dataclass(frozen=True)
+class Error(deduction.Deduction):
+  """Program + input -> class name of the exception, or NoError.
+
+  Attributes:
+    banned_statements: keywords a proposal may not use, e.g. ('raise', 'assert'), so that the error
+      has to be found rather than read.
+  """
+  name: str = 'error'
+  banned_statements: tuple[str, ...] = ()
+
+  def seeds(self) -> list[Task]:
+    """The zero triplet, which raises nothing."""
+    task = super().seeds()[0]
+    return [dataclasses.replace(task, cases=((deduction.HELLO, NO_ERROR),))]
+
+  def propose_prompt(self, references: Sequence[Task], prompts, variant: int = 0) -> str:
+    return prompts.render('propose', self.name,
+                          references=prompts.references(self.name, references, variant),
+                          banned=', '.join(self.rules.banned_words) or 'none',
+                          banned_statements=', '.join(self.banned_statements) or 'none')
+
+  def parse_proposal(self, answer: str, references: Sequence[Task]) -> program.Proposal | str:
+    found = super().parse_proposal(answer, references)
+    if isinstance(found, str):
+      return found
+    kinds = {type(node).__name__.lower() for node in ast.walk(text.parse(found.program))}
+    return 'banned_statement' if kinds & set(self.banned_statements) else found
+
+  def validation_jobs(self, proposal: program.Proposal) -> list[Job]:
+    return [dataclasses.replace(job, expect_error=True)
+            for job in super().validation_jobs(proposal)]
+
+  def parse_answer(self, answer: str) -> str | None:
+    """The first identifier of the answer, e.g. `ValueError` of `ValueError: bad digit`."""
+    found = re.search(r'[A-Za-z_][\w.]*', deduction.answer_text(answer, 'output') or '')
+    return found and found[0].rsplit('.', 1)[-1]
+
+  def checking_jobs(self, task: Task, answer: str) -> list[Job]:
+    """None: names are compared as text."""
+    return []
+
+  def accuracy(self, task: Task, answer: str, verdicts: Sequence[Verdict]) -> float:
+    """1 when the names are equal, upper and lower case aside."""
+    return float(answer.lower() == task.output.lower())

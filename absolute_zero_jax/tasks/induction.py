@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Induction: given input/output pairs and a message, write the program (`code_f`)."""
+
+from collections.abc import Sequence
+import dataclasses
+
+from absolute_zero_jax import rewards
+from absolute_zero_jax.tasks import deduction, program, text
+from absolute_zero_jax.types import Job, Status, Task, Verdict
+
+# The reference's first item holds the same values, one of them as the call dict(a=1, b=2).
+_ZERO_VALUES = (deduction.HELLO, '1', "{'a': 1, 'b': 2}", '(1.1, 1.2, 1.3)',
+                "'[[1, 0, 0], [0, 0, 0], [0, 0, 0]]'", '1001101100010001')
+_ZERO_MESSAGE = 'Give back whatever is put in.'
+
+
+@dataclasses.dataclass(frozen=True)
+class Induction:
+  """Examples + message -> program.
+
+  Proposing means: given a program from the other kinds, write inputs and a message. The first half
+  of the pairs is shown to the solver, the rest scores it.
+
+  Attributes:
+    cases: pairs per task; the paper has 10, small models manage 4 or 5.
+    distinct_inputs: inputs that repeat an earlier one do not count.
+    score: 'binary' (all hidden pairs right), 'accuracy' (share right) or 'if_one_correct'. A pair
+      on which the program gives nothing counts as wrong.
+    source_kinds: kinds whose programs are shown to the proposer.
+    max_message_chars: longer messages are refused.
+    min_references: a proposer prompt needs its program.
+    timeout_s: wall limit of each job; 0 takes the executor's.
+  """
+  name: str = 'induction'
+  cases: int = 10
+  distinct_inputs: bool = True
+  score: str = 'binary'
+  source_kinds: tuple[str, ...] = ('abduction', 'deduction')
+  max_message_chars: int = 2000
+  min_references: int = 1
+  timeout_s: float = 0.0
+
+  def __post_init__(self):
+    object.__setattr__(self, 'source_kinds', tuple(self.source_kinds))
+    if self.cases < 2:
+      raise ValueError(f'induction cases={self.cases} must be at least 2: one shown, '
+                       'one hidden.')
+    if self.score not in rewards.INDUCTION:
+      raise ValueError(f'induction score={self.score!r} must be one of {rewards.INDUCTION}.')
+
+  def seeds(self) -> list[Task]:
+    """Identity with six pairs, three shown."""
+    cases = tuple((value, value) for value in _ZERO_VALUES)
+    return [Task(self.name, deduction.IDENTITY, cases, _ZERO_MESSAGE, shown=3,
+                 key=program.key(self.name, deduction.IDENTITY, _ZERO_VALUES))]
+
+  def references(self, buffer, rng, count: int, strategy: str = 'uniform') -> list[Task]:
+    """One program from the union of the other kinds' stores, or from its own when they are empty.
+
+    The union is not reduced: a program that is in both stores has twice the chance, as in the
+    reference.
+    """
+    del count
+    return (buffer.references(self.source_kinds, rng, 1, strategy)
+            or buffer.references((self.name,), rng, 1, strategy))
+
+  def propose_prompt(self, references: Sequence[Task], prompts, variant: int = 0) -> str:
+    """Prompt for inputs and a message for the program of the one reference."""
+    source = references[0]
+    return prompts.render('propose', self.name, program=source.program, input=source.input,
+                          cases=self.cases,
+                          references=prompts.references(self.name, (), variant, source.program))
+
+  def parse_proposal(self, answer: str, references: Sequence[Task]) -> program.Proposal | str:
+    """Program of the reference, the last `cases` inputs, and the message.
+
+    Inputs are input blocks, or else lines `f(...)` inside or outside blocks. The message is the
+    first message block, else message tags, else the line `# Message:`. It may not hold the code.
+    """
+    blocks = text.fences(answer)
+    given = [b.body for b in blocks if b.label == 'input']
+    if not given:
+      given = [line for line in answer.splitlines() if line.lstrip().startswith('f(')]
+    inputs = [text.arguments(body) for body in given]
+    if given and not any(inputs):
+      return 'input_not_literal'
+    inputs = [i for i in inputs if i is not None]
+    if self.distinct_inputs:
+      inputs = list(dict.fromkeys(inputs))
+    if len(inputs) < self.cases:
+      return 'few_inputs'
+    message = text.first(blocks, ('message',))
+    if message is None:
+      message = text.tagged(answer, 'message') or text.labelled_line(answer, 'message') or ''
+    message = message.strip()
+    if not message:
+      return 'no_message'
+    if len(message) > self.max_message_chars:
+      return 'message_too_long'
+    source = references[0].program
+    if _tells_code(message, source):
+      return 'message_tells_code'
+    return program.Proposal(source, tuple(inputs[-self.cases:]), message)
+
+  def validation_jobs(self, proposal: program.Proposal) -> list[Job]:
+    """One job with all inputs."""
+    return [Job('validate', proposal.program, proposal.inputs, timeout_s=self.timeout_s)]
+
+  def to_task(self, proposal: program.Proposal, verdicts: Sequence[Verdict],
+              step: int) -> Task | str:
+    """The task, or the status of the worst input: one bad input spoils the proposal."""
+    verdict = verdicts[0]
+    if verdict.status is not Status.OK:
+      return verdict.status.value
+    cases = tuple((run.input, run.output) for run in verdict.runs)
+    key = program.key(self.name, proposal.program, [i for i, _ in cases])
+    return Task(self.name, proposal.program, cases, proposal.message, shown=len(cases) // 2,
+                born_step=step, key=key, extra=proposal.extra)
+
+  def solve_prompt(self, task: Task, prompts) -> str:
+    """Prompt for the program: shown pairs and message."""
+    return prompts.solve(task)
+
+  def parse_answer(self, answer: str) -> str | None:
+    """The last Python block, or else the last block without a label; None without either."""
+    blocks = text.fences(answer)
+    found = text.last(blocks, text.PYTHON_LABELS)
+    if found is None:
+      found = text.last(blocks, ('',))
+    return found.strip('\n') or None if found else None
+
+  def checking_jobs(self, task: Task, answer: str) -> list[Job]:
+    """Runs the answer, with the task's own imports put on top, on the hidden inputs."""
+    hidden = task.cases[task.shown:]
+    source = program.with_imports(answer, program.imports(task.program))
+    return [Job('run', source, tuple(i for i, _ in hidden), tuple(o for _, o in hidden),
+                timeout_s=self.timeout_s)]
+
+  def accuracy(self, task: Task, answer: str, verdicts: Sequence[Verdict]) -> float:
+    """Score over all hidden pairs, by `score`; a pair without a result is wrong."""
+    runs = [run for v in verdicts for run in v.runs]
+    right = [run.status is Status.OK and run.matches for run in runs]
+    missing = len(task.cases) - task.shown - len(right)
+    return rewards.induction_score(right + [False] * missing, self.score)
+
+
+def _tells_code(message: str, source: str) -> bool:
+  """Whether a line of the program's body (of some length) stands in the message."""
+  body = [line.strip() for line in source.splitlines()[1:]]
+  return any(len(line) >= 12 and line in message for line in body)

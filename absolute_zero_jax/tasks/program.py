@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs as proposed: read, find and name `f`, clean up, hash. Source text is kept, comments too.
+
+Removing comments costs a lot of what self-play gains (azr_spec 10.6), so edits work on positions in
+the source; only the optional clean-up 'comments' goes through the syntax tree.
+"""
+
+import ast
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import re
+import textwrap
+
+from absolute_zero_jax.tasks import text
+
+RENAME_MODES = ('any_last', 'any_first', 'not_first', 'not_last', 'never')
+FUNCTION_LIMITS = ('any', 'one_top_level', 'one')
+CLEAN_UPS = ('comments', 'globals', 'prints')
+
+# The reference's list (azr_spec 4); it bans words of imports, which is no protection. What a
+# program may do is decided by the executor; this list only reproduces the reference's filter.
+AZR_BANNED_WORDS = (
+    'logging', 'random', 'multiprocessing', 'pebble', 'subprocess', 'threading', 'datetime',
+    'time', 'hashlib', 'hmac', 'bcrypt', 'os.sys', 'os.path', 'sys.exit', 'os.environ', 'calendar')
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+  """What a proposer's answer was read as, before anything ran.
+
+  Attributes:
+    program: source that defines `f`.
+    inputs: argument lists, each on one line.
+    message: induction only.
+    extra: goes to `Task.extra`; must be JSON-serialisable.
+  """
+  program: str
+  inputs: tuple[str, ...]
+  message: str = ''
+  extra: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """What a proposed program must look like, and what is done to it.
+
+  Attributes:
+    max_chars: longer programs are refused.
+    functions: how many functions may be defined: 'any'; 'one_top_level'; 'one', which counts
+      methods and nested functions too (the reference's rule for Qwen2.5).
+    rename: which top-level function becomes `f`: 'any_last' keeps an existing f, else takes the
+      last one; 'any_first' likewise the first; 'not_first' and 'not_last' take the first or last
+      even if another is named f; 'never' demands an f.
+    fence: which Python block is the program: 'first' or 'last'.
+    clean: clean-ups in this order: 'comments' (and docstrings), 'globals' (every top-level
+      statement but imports, functions and classes), 'prints' (calls of print).
+    banned_words: refuse imports that name one of these (`AZR_BANNED_WORDS`).
+    reject_constant: refuse programs in which `f` never reads a parameter.
+    reject_inner_tests: refuse programs that call `f` with literals outside f, or assert.
+  """
+  max_chars: int = 8192
+  functions: str = 'any'
+  rename: str = 'any_last'
+  fence: str = 'first'
+  clean: tuple[str, ...] = ()
+  banned_words: tuple[str, ...] = ()
+  reject_constant: bool = True
+  reject_inner_tests: bool = False
+
+  def __post_init__(self):
+    object.__setattr__(self, 'clean', tuple(self.clean))
+    object.__setattr__(self, 'banned_words', tuple(self.banned_words))
+    for name, allowed in (('functions', FUNCTION_LIMITS), ('rename', RENAME_MODES),
+                          ('fence', ('first', 'last'))):
+      if getattr(self, name) not in allowed:
+        raise ValueError(f'rules.{name}={getattr(self, name)!r} must be one of {allowed}.')
+    for step in self.clean:
+      if step not in CLEAN_UPS:
+        raise ValueError(f'rules.clean has {step!r}; allowed are {CLEAN_UPS}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A program that passed the rules, and the argument list of a trailing call of f, if any."""
+  source: str
+  call: str = ''
+
+
+def read(blocks: Sequence[text.Fence], rules: Rules) -> Program | str:
+  """The program among the blocks, made to define `f`, or the reason it is refused.
+
+  A trailing statement `f(...)` with literal arguments (alone, printed or asserted) is taken off
+  and handed back: continuation-style prompts give the input that way.
+  """
+  pick = text.first if rules.fence == 'first' else text.last
+  source = pick(blocks, text.PYTHON_LABELS)
+  if source is None:
+    source = pick(blocks, ('',))
+  if source is None:
+    return 'no_program'
+  return prepare(source, rules)
+
+
+def prepare(source: str, rules: Rules) -> Program | str:
+  """`read` for bare source."""
+  if len(source) > rules.max_chars:
+    return 'program_too_long'
+  source = source.replace('\r\n', '\n').replace('\r', '\n')
+  source = textwrap.dedent(source).strip('\n').rstrip()
+  tree = text.parse(source, rules.max_chars)
+  if tree is None:
+    return 'syntax'
+  source, tree, call = _take_call(source, tree)
+  reason = _refusal(tree, rules)
+  if reason:
+    return reason
+  renamed = _rename(source, tree, rules.rename)
+  if renamed in ('no_function', 'name_clash'):
+    return renamed
+  source = clean(renamed, rules.clean)
+  main = _functions(ast.parse(source))['f']
+  parameters = {a.arg for a in (*main.args.posonlyargs, *main.args.args,
+                                *([main.args.vararg] if main.args.vararg else []))}
+  if not parameters:
+    return 'no_parameters'
+  loaded = {n.id for n in ast.walk(main) if isinstance(n, ast.Name)}
+  if rules.reject_constant and not parameters & loaded:
+    return 'constant'
+  return Program(source, call)
+
+
+def clean(source: str, steps: Sequence[str]) -> str:
+  """Source after the clean-ups in `steps` (see `Rules.clean`); none leaves it untouched."""
+  if not steps:
+    return source
+  tree = ast.parse(source)
+  if 'globals' in steps:
+    keep = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    tree.body = [n for n in tree.body if isinstance(n, keep)]
+  if 'comments' in steps:
+    _strip_docstrings(tree)
+  if 'prints' in steps:
+    tree = ast.fix_missing_locations(_NoPrints().visit(tree))
+  return ast.unparse(tree)
+
+
+def imports(source: str) -> list[str]:
+  """The top-level import statements, one per line, in order."""
+  tree = text.parse(source)
+  found = tree.body if tree else []
+  return [ast.unparse(n) for n in found if isinstance(n, ast.Import | ast.ImportFrom)]
+
+
+def with_imports(source: str, lines: Sequence[str]) -> str:
+  """`source` with the import lines it does not have put on top."""
+  present = set(imports(source))
+  missing = [line for line in lines if line not in present]
+  return '\n'.join([*missing, source])
+
+
+def key(kind: str, source: str, inputs: Sequence[str] = ()) -> str:
+  """Hash of a task; equal keys are duplicates.
+
+  Formatting, comments, docstrings and local names of the program do not count: names it binds are
+  replaced by their order of appearance. Text that is no Python is hashed as it stands.
+  """
+  tree = text.parse(source)
+  said = source if tree is None else _canonical(tree)
+  data = '\0'.join((kind, said, *inputs)).encode('utf-8', 'surrogatepass')
+  return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _take_call(source: str, tree: ast.Module) -> tuple[str, ast.Module, str]:
+  if not tree.body:
+    return source, tree, ''
+  statement = tree.body[-1]
+  call = text.call_arguments(statement)
+  if call is None or isinstance(statement, ast.Assign):
+    return source, tree, ''
+  lines = source.split('\n')[:statement.lineno - 1]
+  shorter = '\n'.join(lines).rstrip()
+  remaining = text.parse(shorter)
+  if remaining is None or len(remaining.body) != len(tree.body) - 1:
+    return source, tree, ''  # `x = 1; f(2)` on one line: leave it alone
+  return shorter, remaining, call
+
+
+def _refusal(tree: ast.Module, rules: Rules) -> str:
+  nodes = list(ast.walk(tree))
+  if rules.functions == 'one_top_level' and len(_defs(tree.body)) > 1:
+    return 'several_functions'
+  if rules.functions == 'one' and len(_defs(nodes)) > 1:
+    return 'several_functions'
+  words = set(rules.banned_words)
+  for node in nodes if words else ():
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      names = [a.name for a in node.names] + [getattr(node, 'module', None) or '']
+      if words & {part for name in names for part in name.split('.')}:
+        return 'banned_word'
+  if rules.reject_inner_tests:
+    if any(isinstance(n, ast.Assert) for n in nodes):
+      return 'inner_test'
+    if any(isinstance(n, ast.stmt) and text.call_arguments(n) for n in tree.body):
+      return 'inner_test'
+  return ''
+
+
+def _defs(nodes: Sequence[ast.AST]) -> list[ast.FunctionDef]:
+  return [n for n in nodes if isinstance(n, ast.FunctionDef)]
+
+
+def _functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+  return {n.name: n for n in _defs(tree.body)}
+
+
+def _rename(source: str, tree: ast.Module, mode: str) -> str:
+  """Source whose main function is `f`, or 'no_function' or 'name_clash'."""
+  functions = _defs(tree.body)
+  names = [n.name for n in functions]
+  if not names or (mode == 'never' and 'f' not in names):
+    return 'no_function'
+  if mode == 'never' or (mode in ('any_last', 'any_first') and 'f' in names):
+    return source
+  main = functions[0] if mode in ('any_first', 'not_first') else functions[-1]
+  if main.name == 'f':
+    return source
+  # Renaming is done where it cannot change meaning: nobody else is called f, and the old name is
+  # bound once. Anything cleverer would need scope analysis for a case the prompts never ask for.
+  bound = [name for name in _bound(tree) if name == main.name]
+  identifiers = {*_bound(tree), *(n.id for n in ast.walk(tree) if isinstance(n, ast.Name))}
+  if 'f' in identifiers or len(bound) > 1:
+    return 'name_clash'
+  lines = [line.encode('utf-8') for line in source.split('\n')]
+  old = main.name.encode('utf-8')
+  sites = [(n.lineno - 1, n.col_offset) for n in ast.walk(tree)
+           if isinstance(n, ast.Name) and n.id == main.name]
+  head = re.compile(rb'def[ \t]+').match(lines[main.lineno - 1], main.col_offset)
+  if head is None:  # a line continuation between def and the name
+    return 'name_clash'
+  for row, column in sorted([*sites, (main.lineno - 1, head.end())], reverse=True):
+    if lines[row][column:column + len(old)] != old:
+      return 'name_clash'  # the parser normalised a non-ASCII identifier
+    lines[row] = lines[row][:column] + b'f' + lines[row][column + len(old):]
+  return b'\n'.join(lines).decode('utf-8')
+
+
+def _bound(tree: ast.AST) -> list[str]:
+  """Every name the program binds, in order of appearance, with repetitions."""
+  found = []
+  for node in _in_order(tree):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+      found.append(node.name)
+    elif isinstance(node, ast.arg):
+      found.append(node.arg)
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+      found.append(node.id)
+    elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
+      found.append(node.name)
+    elif isinstance(node, ast.alias):
+      found.append((node.asname or node.name).split('.')[0])
+  return found
+
+
+def _in_order(node: ast.AST):
+  yield node
+  for child in ast.iter_child_nodes(node):
+    yield from _in_order(child)
+
+
+def _canonical(tree: ast.Module) -> str:
+  # Left alone: f, imported names, and names that are also reached as attribute or keyword.
+  fixed = {'f'}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.alias):
+      fixed.add((node.asname or node.name).split('.')[0])
+    elif isinstance(node, ast.Attribute):
+      fixed.add(node.attr)
+    elif isinstance(node, ast.keyword) and node.arg:
+      fixed.add(node.arg)
+    elif isinstance(node, ast.Global | ast.Nonlocal):
+      fixed.update(node.names)
+  names = dict.fromkeys(name for name in _bound(tree) if name not in fixed)
+  order = {name: f'<{i}>' for i, name in enumerate(names)}
+  _strip_docstrings(tree)
+  for node in ast.walk(tree):
+    for field in ('id', 'arg', 'name'):
+      value = getattr(node, field, None)
+      if isinstance(value, str) and not isinstance(node, ast.alias | ast.keyword):
+        setattr(node, field, order.get(value, value))
+  return ast.dump(tree)
+
+
+def _strip_docstrings(tree: ast.Module) -> None:
+  for node in ast.walk(tree):
+    body = getattr(node, 'body', None)
+    scopes = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    if isinstance(node, scopes) and body and isinstance(body[0], ast.Expr):
+      if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+        node.body = body[1:] or [ast.Pass()]
+
+
+class _NoPrints(ast.NodeTransformer):
+  """Replaces statements that call print by pass."""
+
+  def visit_Expr(self, node):
+    called = node.value.func if isinstance(node.value, ast.Call) else None
+    return ast.Pass() if isinstance(called, ast.Name) and called.id == 'print' else node

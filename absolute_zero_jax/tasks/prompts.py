@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt sets: a folder of templates, versioned and hashed, replaceable by a folder of one's own.
+
+A set is a folder with `set.json` and text templates with `$name` fields (`string.Template`):
+
+  propose_<kind>.txt      fields: references, banned, cases (a number) and what the kind adds
+  solve_<kind>.txt        fields: program, input, output, cases, message
+  reference_<kind>.txt    how one reference is shown to the proposer; fields of `task_fields`, index
+  solved_<kind>.txt       how one solved example is shown to the solver; fields of `task_fields`
+  wrapper_<name>.txt      the page around every prompt; field: task
+  examples.json           by kind, pages of worked examples in our own words
+
+`<|response|>` in a template marks where the response begins: what follows it is put into the
+prompt as its opening and read back as part of the response. `set.json` says:
+
+  version         raised with every change of meaning
+  wrapper         the default wrapper: 'answer', 'boxed', 'none' or a name of one's own
+  rule            'strict' or 'azr': the format test of the answer wrapper (`text.think_answer`)
+  examples        for '<role>_<kind>': how many worked examples stand before the references
+  formats         for '<role>_<kind>': `stops`, texts that end the response; `opening`, `closing`,
+                  text put around the response before it is parsed (e.g. an unwritten fence)
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import random
+import re
+import string
+
+from absolute_zero_jax.tasks import text
+from absolute_zero_jax.types import Role, Task
+
+BUILT_IN = pathlib.Path(__file__).with_name('prompts')
+MARK = '<|response|>'
+WRAPPERS_WITH_TAGS = ('answer', 'boxed')
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """How a response ends and what is put around it before parsing; see the module docstring."""
+  stops: tuple[str, ...] = ()
+  opening: str = ''
+  closing: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSet:
+  """One folder of templates. Get one with `load`.
+
+  Attributes:
+    hash: sha256 over the names and contents of all files and over the chosen wrapper; a score
+      without it cannot be compared.
+    files: template texts by file name, without the suffix.
+    shown: for '<role>_<kind>', how many worked examples a prompt shows.
+    examples: by kind, pages of worked examples; a prompt takes its examples from one page, so that
+      they are alike. They are style, not knowledge: they never enter a buffer.
+  """
+  name: str
+  version: int
+  hash: str
+  wrapper: str
+  rule: str
+  shown: dict[str, int]
+  formats: dict[str, Format]
+  files: dict[str, str]
+  examples: dict[str, list[list[Task]]]
+
+  def render(self, role: Role | str, kind: str, **fields: object) -> str:
+    """The whole prompt, wrapper and opened response included.
+
+    A field the template does not mention is ignored; one it mentions and does not get raises
+    KeyError. Field values are inserted as they are, `$` in a program is not looked at again.
+    """
+    body, opening = self._split(self._file(f'{_name(role)}_{kind}'))
+    page = string.Template(body).substitute(fields)
+    outer = self.files.get(f'wrapper_{self.wrapper}')
+    if outer is None:
+      return page + opening
+    before, outer_opening = self._split(outer)
+    return string.Template(before).substitute(task=page.strip('\n')) + outer_opening + opening
+
+  def prefix(self, role: Role | str, kind: str) -> str:
+    """What the prompt already wrote of the response."""
+    outer = self.files.get(f'wrapper_{self.wrapper}', '')
+    return self._split(outer)[1] + self._split(self._file(f'{_name(role)}_{kind}'))[1]
+
+  def stops(self, role: Role | str, kind: str) -> tuple[str, ...]:
+    """Texts that end the response; they belong to it. () leaves the end to the EOS token."""
+    return self._format(role, kind).stops
+
+  def stop_at(self, role: Role | str, kind: str, response: str) -> int | None:
+    """Characters of the response up to the end of the first stop text, or None: not there yet."""
+    ends = [response.find(stop) + len(stop) for stop in self.stops(role, kind) if stop in response]
+    return min(ends, default=None)
+
+  def extract(self, role: Role | str, kind: str, response: str,
+              finished: bool = False) -> tuple[bool, str]:
+    """(whether the response has the demanded form, the answer text that `parse_*` reads).
+
+    Args:
+      finished: the model ended the response itself (EOS), so a missing stop text is no cut. It
+        never makes up for a missing tag.
+    """
+    how = self._format(role, kind)
+    if self.wrapper == 'answer':
+      return _tagged_answer(self.prefix(role, kind) + response, self.rule)
+    if self.wrapper == 'boxed':
+      answer = text.boxed(response)
+      return answer is not None, answer if answer is not None else response.strip()
+    end = self.stop_at(role, kind, response)
+    stopped = end is not None
+    if stopped:
+      response = response[:end]
+      ending = next(s for s in how.stops if response.endswith(s))
+      response = response[:-len(ending)]
+    answer = how.opening + self.prefix(role, kind) + response + how.closing
+    return stopped or finished or not how.stops, answer
+
+  def references(self, kind: str, tasks: Sequence[Task], variant: int = 0,
+                 like: str = '') -> str:
+    """The tasks, then examples of the set, each through `reference_<kind>`; see `choose`."""
+    shown = [*tasks, *self.choose('propose', kind, variant, like)]
+    return self._list(f'reference_{kind}', shown)
+
+  def solve(self, task: Task) -> str:
+    """The solver's prompt for a task, after some solved examples if the set wants them.
+
+    Equal tasks get equal prompts, so that answers to one task form a group.
+    """
+    variant = int(hashlib.sha256(task.key.encode()).hexdigest()[:8], 16)
+    solved = self.choose('solve', task.kind, variant, task.program)
+    return self.render('solve', task.kind, **task_fields(task),
+                       examples=self._list(f'solved_{task.kind}', solved) if solved else '')
+
+  def choose(self, role: Role | str, kind: str, variant: int, like: str = '') -> list[Task]:
+    """The worked examples a prompt shows: one page, shuffled, cut to the set's number.
+
+    Args:
+      variant: any integer; decides page and order.
+      like: a program; the page with most words in common is taken, and an example with this very
+        program is left out, since it could hand over the answer.
+    """
+    count, pages = self.shown.get(f'{_name(role)}_{kind}', 0), self.examples.get(kind, [])
+    if not count or not pages:
+      return []
+    rng = random.Random(variant)  # the same in every process: integers seed alike
+    page = rng.choice(pages)
+    if like:
+      page = max(pages, key=lambda p: _overlap(like, p))
+      page = [e for e in page if e.program.strip() != like.strip()]
+    return rng.sample(page, min(count, len(page)))
+
+  def _list(self, file: str, tasks: Sequence[Task]) -> str:
+    template = string.Template(self._file(file)) if tasks else None
+    return ''.join(template.substitute(index=i, **task_fields(task))
+                   for i, task in enumerate(tasks, 1))
+
+  def _format(self, role: Role | str, kind: str) -> Format:
+    if self.wrapper in WRAPPERS_WITH_TAGS:
+      return Format((text.ANSWER_CLOSE,) if self.wrapper == 'answer' else ())
+    return self.formats.get(f'{_name(role)}_{kind}', Format())
+
+  def _file(self, name: str) -> str:
+    if name not in self.files:
+      raise ValueError(f'prompt set {self.name!r} has no {name}.txt; it has {sorted(self.files)}.')
+    return self.files[name]
+
+  @staticmethod
+  def _split(template: str) -> tuple[str, str]:
+    before, _, opening = template.partition(MARK)
+    return before, opening
+
+
+def load(name: str, wrapper: str = '') -> PromptSet:
+  """The built-in set of that name, or the set in the directory of that path.
+
+  Args:
+    wrapper: another wrapper than the set's own: 'answer', 'boxed', 'none', or the name of a
+      `wrapper_<name>.txt` in the folder.
+
+  Raises:
+    ValueError: no such set, no such wrapper, a malformed `set.json` or template.
+  """
+  return _load(str(name), wrapper)
+
+
+@functools.cache
+def _load(name: str, wrapper: str) -> PromptSet:
+  built_in = sorted(p.name for p in BUILT_IN.iterdir() if (p / 'set.json').is_file())
+  folder = BUILT_IN / name if name in built_in else pathlib.Path(name)
+  if not (folder / 'set.json').is_file():
+    raise ValueError(f'prompts={name!r} is neither one of {built_in} nor a folder with set.json.')
+  paths = sorted(p for p in folder.iterdir() if p.suffix in ('.txt', '.json'))
+  raw = {p.name: p.read_text(encoding='utf-8') for p in paths}
+  try:
+    settings = json.loads(raw['set.json'])
+    formats = {k: Format(tuple(v.get('stops', ())), v.get('opening', ''), v.get('closing', ''))
+               for k, v in settings.get('formats', {}).items()}
+    shown, version = dict(settings.get('examples', {})), int(settings['version'])
+    examples = {kind: [[_example(kind, e) for e in page] for page in pages]
+                for kind, pages in json.loads(raw.get('examples.json', '{}')).items()}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f'{folder}: set.json or examples.json is malformed ({error!r}).') from error
+  wrapper = wrapper or settings.get('wrapper', 'none')
+  files = {p.stem: raw[p.name] for p in paths if p.suffix == '.txt'}
+  if wrapper != 'none' and f'wrapper_{wrapper}' not in files:
+    known = sorted(f[8:] for f in files if f.startswith('wrapper_'))
+    raise ValueError(f'prompts {name!r}: wrapper={wrapper!r} must be none or one of {known}.')
+  rule = settings.get('rule', 'strict')
+  if rule not in ('strict', 'azr'):
+    raise ValueError(f"{folder}/set.json: rule={rule!r} must be 'strict' or 'azr'.")
+  for file, body in files.items():
+    _check(f'{folder}/{file}.txt', body)
+  digest = hashlib.sha256(json.dumps([wrapper, sorted(raw.items())]).encode()).hexdigest()
+  return PromptSet(folder.name, version, digest, wrapper, rule, shown, formats, files, examples)
+
+
+def task_fields(task: Task) -> dict[str, str]:
+  """The template fields a task fills: program, input, output, message, and lists of its cases.
+
+  `comment` is the message as comment lines. `calls` lists all inputs as numbered calls of f;
+  `cases` (`f(x) == y`) and `blocks` (fenced) list the shown pairs.
+  """
+  shown = task.cases[:task.shown] if task.shown else task.cases
+  given, output = task.cases[0] if task.cases else ('', '')
+  total = len(task.cases)
+  return {
+      'program': task.program, 'input': given, 'output': output, 'message': task.message,
+      'comment': '\n'.join(f'# {line}'.rstrip() for line in task.message.split('\n')),
+      'calls': '\n'.join(f'f({i})  # {n} of {total}' for n, (i, _) in enumerate(task.cases, 1)),
+      'cases': '\n'.join(f'f({i}) == {o}' for i, o in shown),
+      'blocks': '\n'.join(f'{text.fenced("input", i)}\n{text.fenced("output", o)}'
+                          for i, o in shown)}
+
+
+def _tagged_answer(response: str, rule: str) -> tuple[bool, str]:
+  loose = text.tagged(response, 'answer') or ''
+  if rule == 'azr':
+    return text.is_well_formed_azr(response), loose.strip()
+  answer = text.think_answer(response)
+  return answer is not None, loose.strip() if answer is None else answer
+
+
+def _example(kind: str, row: dict) -> Task:
+  cases = tuple((i, o) for i, o in row['cases'])
+  return Task(kind, row['program'], cases, row.get('message', ''), row.get('shown', 0))
+
+
+def _check(where: str, body: str) -> None:
+  before, *rest = body.split(MARK)
+  if len(rest) > 1 or '$' in ''.join(rest):
+    raise ValueError(f'{where}: at most one {MARK}, and no $field after it.')
+  bad = re.search(r'\$(?!\$|\{?[a-z_]+\}?)', before)
+  if bad:
+    raise ValueError(f'{where}: a lone $ at character {bad.start()}; write $$ for the sign.')
+
+
+def _overlap(source: str, page: Sequence[Task]) -> float:
+  words = set(re.findall(r'\w+', source))
+  theirs = [set(re.findall(r'\w+', example.program)) for example in page]
+  return sum(len(words & t) / len(words | t) for t in theirs) / len(theirs) if words else 0.0
+
+
+def _name(role: Role | str) -> str:
+  return role.value if isinstance(role, Role) else role

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation speed: our sampler against `transformers` generate, and against what the machine allows.
+
+    python benchmarks/generate.py                                    SmolLM2-135M, B = 1, 8, 32, 64
+    python benchmarks/generate.py --variable                         continuous against static batch
+    python benchmarks/generate.py --shared                           8 answers to each long prompt
+    python benchmarks/generate.py --model=qwen2.5-1.5b --dtype=bfloat16 --batches=1,32,256   on a GPU
+
+Every side is a process that stays up; the sides take turns (A B A B), so that a shared machine
+slows both. Both sample at random at temperature 1 and never stop early. The limit of a batch size
+is measured in the same run: a program of nothing but the model's matmuls at the same shapes, or
+the time to read all weights once per token where that is longer.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+QWEN = ('random:qwen2,vocab=151936,embed=1536,layers=28,heads=12,kv_heads=2,head_dim=128,ffn=8960,'
+        'rope_theta=1000000.0,tied=true')
+MODELS = {'smollm2': 'HuggingFaceTB/SmolLM2-135M-Instruct', 'qwen2.5-1.5b': QWEN}
+
+
+def main() -> None:
+  flags = _flags()
+  if flags.side:
+    {'jax': _serve_jax, 'hf': _serve_hf}[flags.side](flags)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    flags.folder = flags.folder or folder
+    if flags.variable or flags.shared:
+      with _Side('jax', flags) as side:
+        (_variable if flags.variable else _shared)(side, flags)
+    else:
+      _compare(flags)
+
+
+def _compare(flags) -> None:
+  sides = [_Side(name, flags) for name in flags.sides.split(',')]
+  names = ' '.join(f'{s.name + " tok/s":>14s}' for s in sides)
+  print(f'prompt {flags.prompt}, {flags.new} new tokens, {flags.dtype}, {flags.rounds} rounds, '
+        f'medians\n{"B":>4s} {names} {"ratio":>7s} {"limit tok/s":>12s} {"share":>6s}', flush=True)
+  for B in map(int, flags.batches.split(',')):
+    job = {'rows': B, 'prompt': flags.prompt, 'new': [flags.new] * B}
+    for side in sides:
+      side.ask(job)                                            # compiles
+    seconds = {side.name: [] for side in sides}
+    for _ in range(flags.rounds):
+      for side in sides:
+        seconds[side.name].append(side.ask(job)['seconds'])
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    speeds = ' '.join(f'{B * flags.new / middle[s.name]:14.1f}' for s in sides)
+    ratio = f'{middle["hf"] / middle["jax"]:7.2f}' if len(sides) == 2 else f'{"-":>7s}'
+    limit = sides[0].ask(job | {'limit': True}) if sides[0].name == 'jax' else {'seconds': 0.0}
+    print(f'{B:4d} {speeds} {ratio} {B * flags.new / max(limit["seconds"], 1e-9):12.1f} '
+          f'{limit["seconds"] / middle[sides[0].name]:6.2f}   {limit.get("text", "")}', flush=True)
+  for side in sides:
+    side.close()
+
+
+def _variable(side, flags) -> None:
+  """Lognormal lengths: one call that refills and compacts, against batches run to their longest."""
+  rng = np.random.default_rng(0)
+  sigma = 0.8
+  new = rng.lognormal(np.log(flags.mean) - sigma**2 / 2, sigma, flags.sequences)
+  new = np.clip(new, 4, flags.limit).astype(int).tolist()
+  slots = flags.slots
+  groups = [new[i:i + slots] for i in range(0, len(new), slots)]
+  continuous = {'rows': len(new), 'prompt': flags.prompt, 'new': new}
+  static = [{'rows': len(g), 'prompt': flags.prompt, 'new': [max(g)] * len(g)} for g in groups]
+  times = {'continuous': [], 'static': []}
+  for number in range(flags.rounds + 1):                       # the first round compiles
+    a = side.ask(continuous)
+    b = [side.ask(job) for job in static]
+    if number:
+      times['continuous'].append(a['seconds'])
+      times['static'].append(sum(x['seconds'] for x in b))
+  middle = {k: statistics.median(v) for k, v in times.items()}
+  print(f'{len(new)} sequences, mean {np.mean(new):.0f}, longest {max(new)}, {slots} slots: '
+        f'continuous {sum(new) / middle["continuous"]:.0f} tok/s, static '
+        f'{sum(new) / middle["static"]:.0f} tok/s, ratio '
+        f'{middle["static"] / middle["continuous"]:.2f}; {a["text"]}')
+
+
+def _shared(side, flags) -> None:
+  """Prefill seconds for 8 samples of each of 4 long prompts: as samples, and as equal strangers."""
+  jobs = {'shared': {'rows': 4, 'samples': 8, 'prompt': 512, 'new': [1] * 4},
+          'each': {'rows': 32, 'prompt': 512, 'new': [1] * 32}}
+  times = {name: [] for name in jobs}
+  for number in range(flags.rounds + 1):
+    for name, job in jobs.items():
+      out = side.ask(job)
+      if number:
+        times[name].append(out['prefill_s'])
+  middle = {k: statistics.median(v) for k, v in times.items()}
+  print(f'prefill of 32 rows of 512 tokens: {middle["shared"]:.2f} s as 8 samples of 4 prompts, '
+        f'{middle["each"]:.2f} s as 32 prompts: 1/{middle["each"] / middle["shared"]:.1f}')
+
+
+class _Side:
+  """One process that answers a line of JSON with a line of JSON."""
+
+  def __init__(self, name, flags):
+    self.name = name
+    command = [sys.executable, str(pathlib.Path(__file__).resolve()), f'--side={name}']
+    for key, value in vars(flags).items():
+      if key != 'side' and not isinstance(value, bool):
+        command.append(f'--{key}={value}')
+    self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    text=True)
+    self._read()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def ask(self, job):
+    self.process.stdin.write(json.dumps(job) + '\n')
+    self.process.stdin.flush()
+    return self._read()
+
+  def close(self):
+    self.process.stdin.close()
+    self.process.wait()
+
+  def _read(self):
+    line = self.process.stdout.readline()
+    if not line:
+      raise SystemExit(f'the {self.name} side ended; its error is above')
+    return json.loads(line)
+
+
+def _serve(answer) -> None:
+  print(json.dumps({'ready': True}), flush=True)
+  for line in sys.stdin:
+    print(json.dumps(answer(json.loads(line))), flush=True)
+
+
+def _serve_jax(flags) -> None:
+  sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+  import jax
+
+  from absolute_zero_jax import sampler, sharding
+  from absolute_zero_jax.models import hf, loading
+  if flags.devices > 1 and jax.config.jax_platforms == 'cpu':
+    jax.config.update('jax_num_cpu_devices', flags.devices)
+  config, params, _ = loading.load(MODELS.get(flags.model, flags.model), dtype=flags.dtype)
+  if 'hf' in flags.sides.split(','):
+    hf.save(config, params, pathlib.Path(flags.folder) / 'model')
+  mesh = sharding.make_mesh(data=flags.devices) if flags.devices > 1 else None
+  ours = sampler.Sampler(config, mesh, pad_id=0, stop_ids=[], slots=flags.slots, chunk=flags.chunk,
+                         max_prompt_tokens=max(flags.prompt, 512),
+                         max_new_tokens=max(flags.new, flags.limit), dtype=flags.dtype)
+  rng = np.random.default_rng(1)
+  calls = iter(range(10**9))
+
+  def answer(job):
+    if job.get('limit'):
+      return _limit(config, ours, params, job)
+    prompts = rng.integers(100, min(config.vocab, 40000), (job['rows'], job['prompt'])).tolist()
+    requests = [sampler.Request(tuple(p), job.get('samples', 1), n)
+                for p, n in zip(prompts, job['new'])]
+    before = ours.stats()
+    started = time.perf_counter()
+    out = ours.generate(params, requests, jax.random.fold_in(jax.random.key(0), next(calls)))
+    seconds = time.perf_counter() - started
+    assert [len(s[0].ids) for s in out] == job['new']
+    spent = {k: v - before[k] for k, v in ours.stats().items()}
+    text = ', '.join(f'{k} {spent[k]:.2f}' for k in ('prefill_s', 'decode_s', 'host_s'))
+    return {'seconds': seconds, 'prefill_s': spent['prefill_s'], 'text': text}
+
+  _serve(answer)
+
+
+def _limit(config, ours, params, job):
+  """Seconds that the matmuls alone take, or reading the weights if that is longer."""
+  import jax
+  import jax.numpy as jnp
+  _, weights = ours._prepare(params)
+  c = config
+
+  def matmuls(x, w, head):
+    for layer in w.layers:
+      q = jnp.matmul(x, layer['qkv'])[:, :layer['o'].shape[0]]
+      x = x + jnp.matmul(q, layer['o'])
+      x = x + jnp.matmul(jnp.matmul(x, layer['gate_up'])[:, :c.ffn], layer['down'])
+    return jnp.matmul(x, w.unembed_DV) if head else x
+
+  def measure(f, *args):
+    jax.block_until_ready(f(*args))
+    times = []
+    for _ in range(7):
+      started = time.perf_counter()
+      jax.block_until_ready(f(*args))
+      times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+  B, dtype = job['rows'], ours.dtype
+  run = jax.jit(matmuls, static_argnums=2)
+  step_s = measure(run, jnp.full((B, c.embed), 0.01, dtype), weights, True)
+  tokens = min(B * job['prompt'], 4096)
+  prompt_s = measure(run, jnp.full((tokens, c.embed), 0.01, dtype), weights, False)
+  prompt_s *= B * job['prompt'] / tokens
+  read = [w for layer in weights.layers for w in layer.values()] + [weights.unembed_DV]
+  size = sum(w.nbytes for w in read)
+  block = jnp.ones((2**29 // dtype.itemsize,), dtype)
+  bandwidth = block.nbytes / measure(jax.jit(lambda x: jnp.max(x.reshape(1024, -1), -1)), block)
+  step_s = max(step_s, size / bandwidth)
+  return {'seconds': step_s * job['new'][0] + prompt_s,
+          'text': f'step {step_s * 1e3:.1f} ms, prompts {prompt_s:.2f} s, read '
+                  f'{bandwidth / 1e9:.0f} GB/s of {size / 1e6:.0f} MB'}
+
+
+def _serve_hf(flags) -> None:
+  import torch
+  import transformers
+  path = pathlib.Path(flags.folder) / 'model'
+  while not (path / 'config.json').exists():                   # the other side writes it
+    time.sleep(0.5)
+  time.sleep(1.0)
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, flags.dtype))
+  model = model.eval().to(device)
+  rng = np.random.default_rng(1)
+
+  def answer(job):
+    prompts = rng.integers(100, min(model.config.vocab_size, 40000), (job['rows'], job['prompt']))
+    tokens = torch.tensor(prompts, device=device)
+    n = max(job['new'])
+    started = time.perf_counter()
+    with torch.no_grad():
+      out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n,
+                           min_new_tokens=n, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                           pad_token_id=0)
+    if device == 'cuda':
+      torch.cuda.synchronize()
+    assert out.shape[1] == job['prompt'] + n
+    return {'seconds': time.perf_counter() - started}
+
+  _serve(answer)
+
+
+def _flags() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+  parser.add_argument('--model', default='smollm2', help=f'one of {list(MODELS)}, or any name')
+  parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--batches', default='1,8,32,64')
+  parser.add_argument('--prompt', type=int, default=64)
+  parser.add_argument('--new', type=int, default=64)
+  parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument('--sides', default='jax,hf')
+  parser.add_argument('--slots', type=int, default=64)
+  parser.add_argument('--chunk', type=int, default=16)
+  parser.add_argument('--devices', type=int, default=1, help='CPU devices to split the rows over')
+  parser.add_argument('--variable', action='store_true')
+  parser.add_argument('--shared', action='store_true')
+  parser.add_argument('--sequences', type=int, default=256)
+  parser.add_argument('--mean', type=float, default=150.0)
+  parser.add_argument('--limit', type=int, default=512)
+  parser.add_argument('--side', default='', help=argparse.SUPPRESS)
+  parser.add_argument('--folder', default='', help=argparse.SUPPRESS)
+  return parser.parse_args()
+
+
+if __name__ == '__main__':
+  main()

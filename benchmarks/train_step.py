@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy-gradient step against the same loss in torch: speed, peak memory, gradient norm.
+
+    python benchmarks/train_step.py                         8 x 512 tokens, gradient only
+    python benchmarks/train_step.py --optimizer adamw       the whole update
+
+Model: the sizes of SmolLM2-135M with random float32 weights, written once as a Hugging Face
+directory that every side reads. Torch runs the `transformers` model with `sdpa` attention, with and
+without gradient checkpointing. Every measurement is a process of its own (its peak resident memory
+is the one printed), and the sides take turns. Times of shared machines differ from run to run; the
+ratios and the CPU seconds (user and system, all threads) are what to compare.
+"""
+
+import argparse
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+SMOLLM2 = dict(family='llama', vocab=49152, embed=576, layers=30, heads=9, kv_heads=3, head_dim=64,
+               ffn=1536, rope_theta=1e5, tied=True, max_positions=8192)
+SIDES = ('jax', 'torch', 'torch_checkpointing')
+LEARNING_RATE = 1e-6
+
+
+def main() -> None:
+  flags = _flags()
+  if flags.side:
+    result = {'jax': _jax, 'torch': _torch, 'torch_checkpointing': _torch}[flags.side](flags)
+    print(json.dumps(result | {'peak_gib': _peak_gib()}))
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    folder = flags.folder or folder
+    subprocess.run([*_command(folder, flags), '--side=jax', '--make'], check=True,
+                   stdout=subprocess.DEVNULL)
+    results = {side: [] for side in flags.sides.split(',')}
+    for number in range(flags.rounds):
+      for side in results:
+        out = subprocess.run([*_command(folder, flags), f'--side={side}'], check=True,
+                             stdout=subprocess.PIPE, text=True).stdout
+        results[side].append(json.loads(out.splitlines()[-1]))
+        print(f'round {number} {side:20s} {results[side][-1]}', flush=True)
+  _report(results, flags)
+
+
+def _report(results, flags) -> None:
+  print(f'\n{flags.rows} x {flags.tokens} tokens, optimizer {flags.optimizer}, '
+        f'{flags.rounds} rounds; medians')
+  print(f'{"side":20s} {"wall s":>8s} {"cpu s":>8s} {"peak GiB":>9s} {"gradient norm":>14s}')
+  middle = {}
+  for side, runs in results.items():
+    middle[side] = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
+    m = middle[side]
+    print(f'{side:20s} {m["wall_s"]:8.2f} {m["cpu_s"]:8.2f} {m["peak_gib"]:9.2f} '
+          f'{m["grad_norm"]:14.6f}')
+  torch = [m for side, m in middle.items() if side != 'jax']
+  if 'jax' in middle and torch:
+    for clock in ('wall_s', 'cpu_s'):
+      ratio = min(m[clock] for m in torch) / middle['jax'][clock]
+      print(f'faster torch / jax, {clock}: {ratio:.2f}')
+
+
+def _jax(flags) -> dict:
+  import jax
+  import optax
+
+  from absolute_zero_jax import learner, reinforce
+  from absolute_zero_jax.models import config, decoder, hf
+
+  folder = pathlib.Path(flags.folder)
+  model = config.ModelConfig(**SMOLLM2)
+  if flags.make:
+    hf.save(model, decoder.init(model, jax.random.key(0)), folder / 'model')
+    return {}
+  params = hf.load(folder / 'model')[1]
+  # Moves nothing: what is timed is the gradient.
+  tx = (learner.make_optimizer(LEARNING_RATE) if flags.optimizer == 'adamw'
+        else optax.set_to_zero())
+  algorithm = reinforce.get('reinforce_plus_plus', aggregation='token')
+  trainer = learner.of_decoder(model, tx, algorithm, remat=flags.remat, dtype=flags.dtype,
+                               micro_batch_tokens=flags.micro_batch_tokens, chunk=flags.chunk)
+  state = trainer.init(params)
+  del params
+  work = trainer.prepare(_rows(flags, learner.Row), state.params)
+  # The torch sides train on exactly these numbers.
+  padded = [np.concatenate([getattr(b, name) for b in work.parts[0]])
+            for name in ('tokens_BT', 'mask_BT', 'advantages_BT', 'weights_BT')]
+  np.savez(folder / 'batch.npz', *padded)
+
+  def step():
+    nonlocal state
+    state, metrics = trainer.update(state, work)
+    return metrics['grad_norm']
+  return _time(step, flags)
+
+
+def _torch(flags) -> dict:
+  import torch
+  import transformers
+
+  transformers.logging.set_verbosity_error()
+  folder = pathlib.Path(flags.folder)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      folder / 'model', dtype=torch.float32, attn_implementation='sdpa').train()
+  if flags.side == 'torch_checkpointing':
+    model.gradient_checkpointing_enable()
+  optimizer = (torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+               if flags.optimizer == 'adamw' else None)
+  with np.load(folder / 'batch.npz') as f:
+    tokens, mask, advantages, weights = (torch.from_numpy(f[f'arr_{i}']) for i in range(4))
+  tokens = tokens.long()
+  weights = (mask * weights)[:, 1:]
+
+  def step():
+    model.zero_grad(set_to_none=True)
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    logprobs = torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
+    ratio = torch.exp(logprobs - logprobs.detach())
+    advantage = advantages[:, 1:]
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+    (weights * loss).sum().backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if optimizer:
+      optimizer.step()
+    return norm.item()
+  return _time(step, flags)
+
+
+def _time(step, flags) -> dict:
+  first = step()
+  walls, cpus = [], []
+  for _ in range(flags.steps):
+    cpu, wall = time.process_time(), time.perf_counter()
+    step()
+    walls.append(time.perf_counter() - wall)
+    cpus.append(time.process_time() - cpu)
+  return {'wall_s': min(walls), 'cpu_s': min(cpus), 'grad_norm': first}
+
+
+def _rows(flags, Row):
+  """Full rows, an eighth of them prompt; always the same."""
+  rng = np.random.default_rng(0)
+  prompt = flags.tokens // 8
+  out = []
+  for i in range(flags.rows):
+    ids = rng.integers(100, 40000, flags.tokens).tolist()
+    zeros = [0.0] * (flags.tokens - prompt)
+    out.append(Row(ids[:prompt], ids[prompt:], zeros, zeros, float(rng.standard_normal()),
+                   'deduction', 'solve', i))
+  return out
+
+
+def _peak_gib() -> float:
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _command(folder, flags) -> list[str]:
+  fields = ('rows', 'tokens', 'steps', 'optimizer', 'remat', 'dtype', 'chunk', 'micro_batch_tokens')
+  return [sys.executable, __file__, f'--folder={folder}',
+          *(f'--{name}={getattr(flags, name)}' for name in fields)]
+
+
+def _flags() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--rows', type=int, default=8)
+  parser.add_argument('--tokens', type=int, default=512)
+  parser.add_argument('--rounds', type=int, default=2)
+  parser.add_argument('--steps', type=int, default=1, help='timed steps per process; the best counts')
+  parser.add_argument('--optimizer', choices=('none', 'adamw'), default='none')
+  parser.add_argument('--remat', choices=('none', 'full', 'dots'), default='full')
+  parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--chunk', type=int, default=0)
+  parser.add_argument('--micro_batch_tokens', type=int, default=4096)
+  parser.add_argument('--sides', default=','.join(SIDES))
+  parser.add_argument('--folder', default='', help='kept between runs; default: a temporary one')
+  parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
+  parser.add_argument('--make', action='store_true', help=argparse.SUPPRESS)
+  return parser.parse_args()
+
+
+if __name__ == '__main__':
+  main()

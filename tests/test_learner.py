@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The update against a plain loss and torch; independence of layout and devices; edge cases."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from absolute_zero_jax import advantages, learner, optimizer, packing, reinforce, sharding
+from absolute_zero_jax.models import decoder
+from absolute_zero_jax.models.config import ModelConfig
+
+CONFIG = ModelConfig('llama', vocab=96, embed=16, layers=2, heads=4, kv_heads=2, head_dim=4,
+                     ffn=32, tied=True)
+# Keeps the gradient it is given, so that tests can read it out of the state.
+RECORD = optax.trace(decay=0.0)
+ALL = 10**6
+
+
+@pytest.fixture(scope='module')
+def params():
+  # Weights of about 1: with those of the usual initialisation all gradients but few are tiny.
+  random = decoder.init(CONFIG, jax.random.key(0))
+  return jax.tree.map(lambda x: x * 10 if x.std() > 0 else x, random)
+
+
+def _rows(count=13, seed=0, longest=40, **fixed):
+  rng = np.random.default_rng(seed)
+  rows = []
+  for i in range(count):
+    n = int(rng.integers(1, longest))
+    row = dict(prompt_ids=rng.integers(1, 96, rng.integers(1, 30)).tolist(),
+               response_ids=rng.integers(1, 96, n).tolist(),
+               sampler_logprobs=(-4 * rng.random(n)).tolist(),
+               model_logprobs=(-4 * rng.random(n)).tolist(), reward=float(rng.standard_normal()),
+               kind='ab'[i % 2], role=('propose', 'solve')[i % 3 == 0], prompt=i // 4)
+    rows.append(learner.Row(**row | fixed))
+  return rows
+
+
+def _update(params, rows, *, mesh=None, tx=RECORD, algorithm='trr_plus_plus', fields=None,
+            reference=None, **options):
+  """State, metrics and learner after one update; the gradient is in `state.opt_state.trace`."""
+  options = dict(max_grad_norm=0.0, micro_batch_tokens=ALL) | options
+  fields = dict(entropy_coef=0.01) if fields is None else fields
+  trainer = learner.of_decoder(CONFIG, tx, reinforce.get(algorithm, **fields), mesh=mesh, **options)
+  if mesh is None:
+    params = jax.tree.map(jnp.copy, params)
+  else:
+    params = sharding.place(jax.device_get(params),
+                            sharding.shardings(decoder.param_specs(CONFIG), mesh))
+  state = trainer.init(params)
+  work = trainer.prepare(rows, state.params, reference=reference)
+  state, metrics = trainer.update(state, work)
+  return state, metrics, trainer
+
+
+def _apart(a, b):
+  """Largest difference of two gradients, relative to the largest entry of each array."""
+  pairs = zip(jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b)))
+  return max(float(np.abs(x - y).max() / np.abs(x).max()) for x, y in pairs)
+
+
+@pytest.fixture(scope='module')
+def whole(params):
+  """All rows as one micro-batch on one device."""
+  state, metrics, _ = _update(params, _rows())
+  assert metrics['micro_batches'] == 1
+  return state.opt_state.trace, metrics
+
+
+def test_the_gradient_is_that_of_a_plain_loss_over_the_rows(params, whole):
+  """One row at a time, all logits, autodiff: only the definition is shared."""
+  rows = _rows()
+  score = np.array([r.reward for r in rows])
+  length = np.array([len(r.response_ids) for r in rows])
+  group = np.array([f'{r.role}{r.kind}' for r in rows])
+
+  def loss_of(params):
+    total = 0.0
+    for name in set(group):
+      member = np.flatnonzero(group == name)
+      value = np.repeat(score[member], length[member])
+      mean, deviation = value.mean(), np.sqrt(value.var(ddof=1) + 1e-8)
+      for i in member:
+        ids = jnp.array([[*rows[i].prompt_ids, *rows[i].response_ids]])
+        logp_TV = jax.nn.log_softmax(decoder.logits(CONFIG, params, ids)[0])
+        at = jnp.arange(len(rows[i].prompt_ids), ids.shape[1])
+        token = -(score[i] - mean) / deviation * logp_TV[at - 1, ids[0, at]]
+        entropy = -jnp.sum(jnp.exp(logp_TV) * logp_TV, axis=-1)[at - 1]
+        total += jnp.sum(token - 0.01 * entropy) / length[member].sum() / len(set(group))
+    return total
+
+  with jax.disable_jit(False):
+    want = jax.grad(loss_of)(params)
+  assert _apart(want, whole[0]) < 3e-5
+
+
+@pytest.mark.parametrize('options', [
+    dict(micro_batch_tokens=256), dict(micro_batch_tokens=256, pack=True),
+    dict(pack=True, length_buckets=(200,)), dict(chunk=7, remat='none')],
+    ids=['micro', 'packed micro', 'packed', 'small chunks'])
+def test_the_layout_changes_nothing(params, whole, options):
+  state, metrics, _ = _update(params, _rows(), **options)
+  assert _apart(whole[0], state.opt_state.trace) < 1e-6
+  for name in ('loss', 'grad_norm', 'entropy', 'mismatch_abs', 'solve_a/entropy'):
+    np.testing.assert_allclose(metrics[name], whole[1][name], rtol=1e-6)
+
+
+@pytest.mark.parametrize('axes, options', [
+    ((2, 2, 2), {}), ((8, 1, 1), dict(micro_batch_tokens=512)),
+    ((1, 4, 2), dict(micro_batch_tokens=512, pack=True))])
+def test_eight_devices_equal_one(params, whole, axes, options):
+  mesh = sharding.make_mesh(*axes)
+  state, metrics, _ = _update(params, _rows(), mesh=mesh, **options)
+  assert _apart(whole[0], state.opt_state.trace) < 1e-6
+  for name in ('loss', 'grad_norm', 'entropy', 'mismatch_max'):
+    np.testing.assert_allclose(metrics[name], whole[1][name], rtol=1e-6)
+
+
+def test_optimizer_state_and_results_stay_sharded_like_the_parameters(params):
+  mesh = sharding.make_mesh(1, 4, 2)
+  tx = learner.make_optimizer(1e-3)
+  state, _, trainer = _update(params, _rows(), mesh=mesh, tx=tx)
+  want = jax.tree.map(lambda x: x.sharding, state.params)
+  assert want['layers']['gate'].spec == (None, 'fsdp', 'tensor')
+  for moments in (state.opt_state[0].mu, state.opt_state[0].nu):
+    assert jax.tree.map(lambda x: x.sharding, moments) == want
+  text = trainer._compiled['gradient'].lower(
+      state.params, None, trainer._put(trainer.prepare(_rows(), None).parts[0][0]),
+      8).compile().as_text()
+  assert 'all-reduce' in text or 'reduce-scatter' in text
+  # No device ever holds the logits of the whole vocabulary, nor all hidden states.
+  assert f',{CONFIG.vocab}]' not in text
+
+
+def test_old_logprobs_recomputed_are_the_current_ones_in_the_first_step(params, whole):
+  state, metrics, _ = _update(params, _rows(), old_logprobs='recompute', micro_batch_tokens=512)
+  assert _apart(whole[0], state.opt_state.trace) < 2e-5
+  np.testing.assert_allclose(metrics['ratio_mean'], 1, atol=1e-5)
+  assert whole[1]['ratio_mean'] == 1 and whole[1]['clip_fraction'] == 0 == whole[1]['kl_old']
+
+
+def test_old_logprobs_of_the_sampler_enter_the_ratio(params):
+  rows = _rows()
+  _, metrics, trainer = _update(params, rows, old_logprobs='sampler', fields={})
+  layout = packing.plan(rows, micro_batch_tokens=ALL)
+  batches = packing.fill(layout, rows)
+  own = packing.take_rows(layout, rows, batches, trainer.logprobs(params, batches))
+  gap = np.concatenate([o - r.model_logprobs for o, r in zip(own, rows)])
+  np.testing.assert_allclose(metrics['ratio_mean'], np.exp(gap).mean(), rtol=1e-4)
+  # 'mismatch' says the same in any mode, at no extra forward.
+  np.testing.assert_allclose(metrics['mismatch_abs'], np.abs(gap).mean(), rtol=1e-5)
+  np.testing.assert_allclose(metrics['mismatch_max'], np.abs(gap).max(), rtol=1e-5)
+  np.testing.assert_allclose(metrics['mismatch_kl'], (np.exp(gap) - 1 - gap).mean(), rtol=1e-4)
+
+
+def test_logprobs_are_those_of_the_model_for_every_row(params):
+  rows = _rows(5)
+  trainer = learner.of_decoder(CONFIG, RECORD, reinforce.get('trr_plus_plus'))
+  for pack in (False, True):
+    layout = packing.plan(rows, micro_batch_tokens=128, pack=pack)
+    batches = packing.fill(layout, rows)
+    own = packing.take_rows(layout, rows, batches, trainer.logprobs(params, batches))
+    for row, got in zip(rows, own):
+      ids = jnp.array([[*row.prompt_ids, *row.response_ids]])
+      logp_TV = jax.nn.log_softmax(decoder.logits(CONFIG, params, ids)[0])
+      at = np.arange(len(row.prompt_ids), ids.shape[1])
+      np.testing.assert_allclose(got, logp_TV[at - 1, ids[0, at]], rtol=1e-4, atol=1e-5)
+
+
+def test_kl_to_a_reference_is_zero_at_the_reference_and_pulls_back_elsewhere(params):
+  rows = _rows(6)
+  fields = dict(kl_coef=0.1, kl_kind='k2')
+  _, metrics, _ = _update(params, rows, fields=fields, reference=params)
+  np.testing.assert_allclose(metrics['kl_reference'], 0, atol=1e-9)
+  moved = jax.tree.map(lambda x: x * 1.02, params)
+  flat = [learner.Row(**vars(r) | {'reward': 0.0}) for r in rows]
+  state, metrics, trainer = _update(moved, flat, fields=fields, reference=params,
+                                    tx=optax.sgd(1e-4))
+  work = trainer.prepare(flat, state.params, reference=params)
+  _, later = trainer.update(state, work)
+  assert later['kl_reference'] < metrics['kl_reference']
+  with pytest.raises(ValueError, match='reference'):
+    trainer.prepare(rows, moved)
+
+
+def test_kl_in_the_reward_moves_advantages_only(params):
+  rows = [learner.Row(**vars(r) | {'reward': 1.0}) for r in _rows(6)]
+  moved = jax.tree.map(lambda x: x * 1.1, params)
+  trainer = learner.of_decoder(CONFIG, RECORD, reinforce.get(
+      'reinforce_plus_plus', kl_coef=0.1, kl_kind='k1', kl_in='reward'))
+  assert not any(a.any() for a in trainer.prepare(rows, params, reference=params).advantages)
+  work = trainer.prepare(rows, moved, reference=params)
+  layout = packing.plan(rows, micro_batch_tokens=4096)
+  batches = packing.fill(layout, rows)
+  old, ref = (packing.take_rows(layout, rows, batches, trainer.logprobs(p, batches))
+              for p in (moved, params))
+  value = [np.cumsum((1.0 * (np.arange(len(o)) == len(o) - 1) - 0.1 * (o - r))[::-1])[::-1]
+           for o, r in zip(old, ref)]
+  flat = np.concatenate(value)
+  np.testing.assert_allclose(np.concatenate(work.advantages), (flat - flat.mean()) / flat.std(),
+                             atol=1e-4)
+
+
+def test_adamw_clipping_and_schedule_equal_torch_over_steps(params):
+  torch = pytest.importorskip('torch')
+  rows, leaf = _rows(4), ('layers', 'gate')
+  schedule = dict(schedule='cosine', warmup_steps=2, steps=6)
+  tx = optax.chain(RECORD, learner.make_optimizer(1e-2, weight_decay=0.1, **schedule))
+  trainer = learner.of_decoder(CONFIG, tx, reinforce.get('trr_plus_plus'), max_grad_norm=0.05)
+  state = trainer.init(jax.tree.map(jnp.copy, params))
+  weight = torch.nn.Parameter(torch.tensor(np.array(params[leaf[0]][leaf[1]])))
+  other = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.1)
+  rate = optimizer.learning_rate_schedule(1e-2, **schedule)
+  for step in range(5):
+    state, metrics = trainer.update(state, trainer.prepare(rows, state.params))
+    clipped = state.opt_state[0].trace
+    assert metrics['grad_norm'] > 0.05
+    np.testing.assert_allclose(optax.tree.norm(clipped), 0.05, rtol=1e-5)
+    weight.grad = torch.tensor(np.array(clipped[leaf[0]][leaf[1]]))
+    other.param_groups[0]['lr'] = float(rate(step))
+    other.step()
+    np.testing.assert_allclose(state.params[leaf[0]][leaf[1]], weight.detach().numpy(), rtol=2e-5,
+                               atol=2e-6)
+  assert [round(float(rate(i)), 6) for i in (0, 1, 2, 6)] == [0.005, 0.01, 0.01, 0.0]
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(params):
+  rows = _rows(4)
+  broken = jax.tree.map(jnp.copy, params)
+  broken['final_norm'] = broken['final_norm'].at[0].set(jnp.nan)
+  state, metrics, trainer = _update(broken, rows, tx=learner.make_optimizer(1e-2))
+  assert metrics['skipped_updates'] == 1 and int(state.step) == 1
+  assert int(state.opt_state[0].count) == 0
+  for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(broken)):
+    np.testing.assert_array_equal(new, old)
+  healthy = trainer.init(jax.tree.map(jnp.copy, params))
+  _, metrics = trainer.update(healthy, trainer.prepare(rows, params))
+  assert metrics['skipped_updates'] == 0
+
+
+def test_the_state_is_donated_and_shapes_compile_once(params):
+  trainer = learner.of_decoder(CONFIG, learner.make_optimizer(1e-3), reinforce.get('rloo'),
+                               micro_batch_tokens=256)
+  state = trainer.init(jax.tree.map(jnp.copy, params))
+  fresh = lambda seed: _rows(8, seed, 20, prompt_ids=[1] * 40)  # noqa: E731
+  first = state.params['embed']
+  state, _ = trainer.update(state, trainer.prepare(fresh(0), state.params))
+  assert first.is_deleted()
+  warm = trainer.compilations()
+  for seed in range(1, 4):
+    state, _ = trainer.update(state, trainer.prepare(fresh(seed), state.params))
+  assert trainer.compilations() == warm <= 3     # one shape; gradient, add, apply
+
+
+def test_rows_without_advantage_may_be_left_out(params):
+  rows = _rows(8)
+  rows = [learner.Row(**vars(r) | ({'reward': 0.1} if r.prompt else {})) for r in rows]
+  want, all_of_them, _ = _update(params, rows, algorithm='rloo', fields={})
+  got, fewer, _ = _update(params, rows, algorithm='rloo', fields={}, skip_zero_rows=True)
+  assert _apart(want.opt_state.trace, got.opt_state.trace) < 1e-6
+  assert fewer['rows_without_advantage'] == 4 and fewer['tokens'] < all_of_them['tokens']
+  with pytest.raises(ValueError, match='skip_zero_rows'):
+    _update(params, rows, skip_zero_rows=True)
+
+
+def test_several_steps_per_batch_move_the_ratio(params):
+  rows = _rows(8)
+  options = dict(old_logprobs='recompute', tx=optax.sgd(1e-2), fields={}, micro_batch_tokens=512)
+  state, metrics, _ = _update(params, rows, epochs=2, mini_batches=2, **options)
+  assert metrics['optimizer_steps'] == 4 and int(state.step) == 4
+  assert metrics['kl_old'] > 1e-8
+  with pytest.raises(ValueError, match="old_logprobs='recompute'"):
+    _update(params, rows, epochs=2)
+
+
+def test_mini_batches_have_weights_of_their_own(params):
+  rows = _rows(9)
+  trainer = learner.of_decoder(CONFIG, RECORD, reinforce.get('grpo'), mini_batches=2,
+                               old_logprobs='sampler')
+  work = trainer.prepare(rows, None)
+  for part, count in zip(work.parts, (5, 4)):
+    np.testing.assert_allclose(sum(b.weights_BT.sum() for b in part), 1, rtol=1e-5)
+    assert sum((b.segments_BT.max(1) > 0).sum() for b in part) == count
+
+
+def test_masked_response_tokens_are_context_only(params):
+  row = _rows(1, longest=20)[0]
+  n = len(row.response_ids)
+  keep = tuple(i % 3 > 0 for i in range(n))
+  row = learner.Row(**vars(row) | {'mask': keep})
+  other = learner.Row(**vars(row) | {'reward': -1.0})
+  trainer = learner.of_decoder(CONFIG, RECORD, reinforce.get('trr_plus_plus'))
+  work = trainer.prepare([row, other], None)
+  assert sum(b.mask_BT.sum() for b in work.parts[0]) == 2 * sum(keep)
+  for adv_T in work.advantages:
+    np.testing.assert_array_equal(adv_T != 0, keep)
+
+
+def test_bfloat16_moments_follow_float32_ones():
+  wide, narrow = (learner.make_optimizer(1e-2, moment_dtype=d) for d in ('float32', 'bfloat16'))
+  params = {'w': jnp.ones((64, 64))}
+  states = [tx.init(params) for tx in (wide, narrow)]
+  assert states[1][0].nu['w'].dtype == jnp.bfloat16
+  step = jax.jit(lambda tx_state, g, narrow_tx: (narrow if narrow_tx else wide).update(
+      {'w': g}, tx_state, params)[1], static_argnums=2)
+  for i in range(300):
+    g = jax.random.normal(jax.random.key(i), (64, 64))
+    states = [step(s, g, n) for n, s in enumerate(states)]
+  means = [float(s[0].nu['w'].astype(jnp.float32).mean()) for s in states]
+  # Rounded to nearest, the second moment stops where 0.1 % is less than half a bfloat16 step.
+  np.testing.assert_allclose(means[1], means[0], rtol=0.01)
+
+
+def test_stochastic_rounding_keeps_the_mean_and_what_is_exact():
+  x = jnp.full((20000,), 1.0 + 2**-9)
+  got = optimizer.round_to(x, jnp.dtype('bfloat16'), jax.random.key(0)).astype(jnp.float32)
+  assert set(np.unique(got)) == {1.0, 1.0078125}
+  np.testing.assert_allclose(got.mean(), x[0], atol=1e-4)
+  exact = jnp.array([0.0, -1.5, jnp.inf, -jnp.inf])
+  np.testing.assert_array_equal(
+      optimizer.round_to(exact, jnp.dtype('bfloat16'), jax.random.key(1)), exact)
+  assert jnp.isnan(optimizer.round_to(jnp.array([jnp.nan]), jnp.dtype('bfloat16'),
+                                      jax.random.key(1)))[0]
+
+
+def test_weight_decay_may_spare_norms_and_biases():
+  params = {'embed': jnp.ones((4, 2)), 'layers': {'attn_norm': jnp.ones((2, 2)),
+                                                  'q_bias': jnp.ones((2, 2, 2))}}
+  zero = jax.tree.map(jnp.zeros_like, params)
+  moved = {}
+  for decay in ('all', 'matrices'):
+    tx = learner.make_optimizer(0.1, weight_decay=0.5, decay=decay)
+    change, _ = tx.update(zero, tx.init(params), params)
+    moved[decay] = [float(x.sum()) != 0 for x in jax.tree.leaves(change)]
+  assert moved == {'all': [True, True, True], 'matrices': [True, False, False]}
+
+
+# --- packing
+
+
+@pytest.mark.parametrize('pack', [False, True])
+@pytest.mark.parametrize('seed', range(6))
+def test_no_token_is_lost_or_doubled_by_the_layout(pack, seed):
+  rng = np.random.default_rng(seed)
+  rows = _rows(int(rng.integers(1, 40)), seed, int(rng.integers(2, 150)))
+  blocks, budget = int(rng.choice([1, 2, 4])), int(rng.choice([64, 256, 1024]))
+  layout = packing.plan(rows, micro_batch_tokens=budget, blocks=blocks, pack=pack)
+  values = [rng.random(len(r.response_ids)) for r in rows]
+  batches = packing.fill(layout, rows, advantages=values)
+  assert sum(int((b.segments_BT > 0).sum()) for b in batches) == sum(
+      len(r.prompt_ids) + len(r.response_ids) for r in rows)
+  for batch in batches:
+    B, T = batch.tokens_BT.shape
+    assert B % blocks == 0 and (B * T <= budget or B == blocks)
+    assert (batch.index_CM >= 0).sum() == batch.mask_BT.sum()
+  scored = [np.take_along_axis(b.advantages_BT.reshape(blocks, -1), np.maximum(b.index_CM, 0), 1)
+            for b in batches]
+  for got, want in zip(packing.take_rows(layout, rows, batches, scored), values):
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+  for row, place in zip(rows, layout.places):
+    batch, size = batches[place.batch], len(row.prompt_ids) + len(row.response_ids)
+    span = slice(place.start, place.start + size)
+    np.testing.assert_array_equal(batch.tokens_BT[place.line, span],
+                                  [*row.prompt_ids, *row.response_ids])
+    np.testing.assert_array_equal(batch.positions_BT[place.line, span], np.arange(size))
+    assert (batch.segments_BT[place.line, span] == place.segment).all()
+
+
+def test_packing_wastes_less_than_padding():
+  rows = _rows(60, 3, 200)
+  cells = {pack: sum(B * T for B, T, _ in packing.plan(rows, micro_batch_tokens=1024,
+                                                       pack=pack).shapes) for pack in (0, 1)}
+  used = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
+  assert used / cells[1] > 0.85 > used / cells[0]
+
+
+def test_few_shapes_whatever_the_lengths():
+  shapes = set()
+  for seed in range(30):
+    shapes |= set(packing.plan(_rows(96, seed, 480), micro_batch_tokens=4096).shapes)
+  assert len(shapes) <= 16, sorted(shapes)
+
+
+def test_buckets():
+  assert [packing.bucket(n) for n in (1, 64, 65, 129, 257, 400, 513, 1025, 14240)] == [
+      64, 64, 128, 256, 384, 512, 768, 1536, 16384]
+  assert packing.bucket(7, (5, 10)) == 10
+  with pytest.raises(ValueError, match='length_buckets'):
+    packing.bucket(11, (5, 10))
+
+
+@pytest.mark.parametrize('change, match', [
+    ({'response_ids': []}, 'at least one'), ({'prompt_ids': []}, 'at least one'),
+    ({'model_logprobs': [0.0]}, 'model_logprobs has 1 entries'),
+    ({'reward': [1.0]}, '1 rewards'), ({'mask': (True,)}, 'mask has 1')])
+def test_malformed_rows_are_refused_by_number(change, match):
+  rows = _rows(3, 1)
+  assert len(rows[1].response_ids) > 1
+  rows[1] = learner.Row(**vars(rows[1]) | change)
+  with pytest.raises(ValueError, match=f'row 1 .*{match}'):
+    packing.plan(rows, micro_batch_tokens=64)
+  with pytest.raises(ValueError, match='at least one row'):
+    packing.plan([], micro_batch_tokens=64)
+
+
+def test_the_rollout_numbers_roles_kinds_and_prompts():
+  rows = _rows(6)
+  roles, r = packing.rollout(rows)
+  assert roles == ('propose', 'solve')
+  assert [roles[i] for i in r.role_B] == [row.role for row in rows]
+  assert isinstance(r, advantages.Rollout)
+  for row, reward_T, mask_T in zip(rows, r.reward_BT, r.mask_BT):
+    n = len(row.response_ids)
+    assert reward_T[n - 1] == row.reward == reward_T.sum() and mask_T.sum() == n
