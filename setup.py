@@ -23,14 +23,21 @@ setup(
         'flax>=0.12.8',
         'optax>=0.2.8',
         'orbax-checkpoint>=0.12.8',
-        # Tokenizer files and configs only: no torch at run time. Brings tokenizers, safetensors,
-        # huggingface_hub and tqdm, which are imported directly.
+        # Model files and tokenizers only: no torch at run time. transformers brings these four,
+        # which are what is imported; it is the reference that exported models must load in.
         'transformers>=5.0',
+        'tokenizers>=0.22',
+        'huggingface_hub>=1.0',
+        'filelock>=3.12',
+        'tqdm>=4.60',
+        # Trains and checks sentencepiece models; reading one needs only its bytes.
         'sentencepiece>=0.2',
         'ml-collections>=1.0',
         'tensorboard>=2.20',
         # Reads the quantised weights of the quickstart's model where no model hub is reachable.
         'gguf>=0.17',
+        # bfloat16 for numpy; comes with jax.
+        'ml_dtypes>=0.5',
         # Remote workdirs (gs://...); comes with orbax.
         'etils[epath]>=1.10',
         # Chat templates.
@@ -46,7 +53,10 @@ setup(
             # The reference implementation that the parity tests compare with.
             'torch>=2.6,<=2.13.0',
             'accelerate>=1.0',
+            'safetensors>=0.5',
         ],
+        # Intrinsic rewards that measure programs.
+        'rewards': ['complexipy>=3', 'radon>=6'],
         'bench': ['torch>=2.6,<=2.13.0', 'accelerate>=1.0', 'pebble>=5'],
         'notebooks': ['jupyterlab>=4', 'matplotlib>=3.9'],
         'eval': ['math-verify>=0.7'],

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from absolute_zero_jax import rewards, tasks
+from absolute_zero_jax import intrinsic, tasks
 from absolute_zero_jax.types import Task
 
 VERSION = 1
@@ -43,7 +43,7 @@ class TaskBuffer:
     self.eviction = eviction
     self._seed = seed
     self._stores: dict[str, list[Task]] = {kind: [] for kind in kinds}
-    self._keys: dict[str, set[str]] = {kind: set() for kind in kinds}
+    self._keys: dict[str, dict[str, Task]] = {kind: {} for kind in kinds}
     self._added: dict[str, int] = {}
     self._counted: set[tuple[str, str]] = set()
     self._counts = {field: collections.defaultdict(collections.Counter) for field in FIELDS}
@@ -65,7 +65,7 @@ class TaskBuffer:
     """
     if not task.key or not task.cases:
       raise ValueError(f'a task needs a key and a case: {task}.')
-    keys = self._keys.setdefault(task.kind, set())
+    keys = self._keys.setdefault(task.kind, {})
     if task.key in keys:
       return False
     store = self._stores.setdefault(task.kind, [])
@@ -81,8 +81,7 @@ class TaskBuffer:
           return False
       self._drop(task.kind, victim)
     store.append(task)
-    keys.add(task.key)
-    self._count(task, 1)
+    keys[task.key] = task
     return True
 
   def extend(self, more: Iterable[Task]) -> int:
@@ -171,19 +170,20 @@ class TaskBuffer:
     return dropped
 
   def count_types(self, task: Task) -> None:
-    """Enters a stored task's values into `counts`; once, and only while it is stored.
+    """Enters the values of the stored task of this key into `counts`; once; nothing if none is.
 
     Separate from `add`, so that rewards can compare a task with what was there before it.
     """
+    stored = self._keys.get(task.kind, {}).get(task.key)
     name = (task.kind, task.key)
-    if task.key in self._keys.get(task.kind, ()) and name not in self._counted:
+    if stored is not None and name not in self._counted:
       self._counted.add(name)
-      self._count(task, 1)
+      self._count(stored, 1)
 
   def counts(self) -> dict[str, dict[str, dict[str, int]]]:
     """How often each value is stored: {'inputs' | 'outputs' | 'errors': {type: {text: count}}}.
 
-    This is what `rewards.answer_diversity` reads. Removed tasks are taken out again.
+    This is what `intrinsic.answer_diversity` reads. Removed tasks are taken out again.
     """
     return {field: {name: dict(texts) for name, texts in by_type.items()}
             for field, by_type in self._counts.items()}
@@ -213,7 +213,7 @@ class TaskBuffer:
     uncounted = {tuple(name) for name in state['uncounted']}
     for kind, rows in state['stores'].items():
       made._stores[kind] = [_task(row) for row in rows]
-      made._keys[kind] = {task.key for task in made._stores[kind]}
+      made._keys[kind] = {task.key: task for task in made._stores[kind]}
       for task in made._stores[kind]:
         if (kind, task.key) not in uncounted:
           made.count_types(task)
@@ -222,7 +222,7 @@ class TaskBuffer:
 
   def _drop(self, kind: str, index: int) -> None:
     task = self._stores[kind].pop(index)
-    self._keys[kind].discard(task.key)
+    del self._keys[kind][task.key]
     if (kind, task.key) in self._counted:
       self._counted.discard((kind, task.key))
       self._count(task, -1)
@@ -231,7 +231,7 @@ class TaskBuffer:
     for given, output in task.cases:
       result = 'errors' if task.kind == 'error' else 'outputs'
       for field, value in (('inputs', given), (result, output)):
-        name = rewards.type_name(value)
+        name = intrinsic.type_name(value)
         texts = self._counts[field][name]
         texts[value] += sign
         if not texts[value]:

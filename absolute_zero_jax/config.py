@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
   c.selfplay.references = 6
   # Input/output pairs of an induction task; the first half is shown (the paper: 10).
   c.selfplay.induction_cases = 10
-  # Further options by kind, e.g. {'induction': {'score': 'accuracy'}}; see the classes in `tasks`.
+  # Further options of the kinds, e.g. {'distinct_inputs': False}; see the classes in `tasks`.
   c.selfplay.kind_options = ConfigDict()
   # 'fresh': solve this iteration's tasks (paper); 'lagged': the previous one's (reference code).
   c.selfplay.solve_source = 'fresh'
@@ -120,19 +120,19 @@ def get_config() -> ConfigDict:
   c.reward = ConfigDict()
   # 'azr' (the fields below), or 'module:name'.
   c.reward.name = 'azr'
+  c.reward.format_penalty = -1.0      # unreadable response, or a proposal that is no task
+  c.reward.wrong_penalty = -0.5       # well-formed but wrong
   # A valid proposal whose solve rate is 0 or 1: 0.0 (paper Eq. 4) or -0.5 (reference code).
   c.reward.zero_learnability = 0.0
-  # A well-formed proposal that is no task: -1.0 (reference code) or -0.5 (paper's text).
-  c.reward.invalid = -1.0
   # 'one_minus': 1 - p, 0 at p = 0; 'inverse': 1 - p always.
   c.reward.learnability = 'one_minus'
+  # Induction: 'binary' (all hidden cases), 'accuracy', 'if_one_correct'.
+  c.reward.induction = 'binary'
   # Form and correctness of an answer: 'conditional' (-1, -0.5, accuracy), 'addition', 'multiply'.
   c.reward.format_mode = 'conditional'
-  # Intrinsic terms of valid proposals, {name: coefficient}: complexity, halstead (both need the
-  # extra 'rewards'), edit_distance, answer_diversity. Each is capped.
+  # Intrinsic terms of valid proposals, {name: (coefficient, cap)}; see `intrinsic.TERMS`.
   c.reward.intrinsic = ConfigDict()
-  c.reward.intrinsic_cap = 0.5
-  c.reward.hierarchical = False       # answer_diversity by type first, then inside the type
+  c.reward.hierarchical = False       # diversity by type first, then inside the type
   c.reward.combine = 'sum'            # 'sum', 'multiply', 'sum_multiply', 'multiply_sum'
 
   c.algorithm = ConfigDict()
@@ -205,6 +205,55 @@ def get_config() -> ConfigDict:
   c.log.every_steps = 1
   c.log.samples = 2                   # texts shown per kind and role
   c.log.profile_step = -1             # write a jax.profiler trace of this iteration; -1 = none
+  return c
+
+
+# What the paper's own code and the paper's own equations do, as differences from the default
+# `azr`. Source: the reference's `paper` branch; arXiv:2505.03335v2 Eq. 4-9; spec section 15.
+PRESETS: dict[str, dict[str, Any]] = {
+    'azr': {},
+    'azr_paper': {
+        'selfplay.solve_source': 'lagged', 'selfplay.refuse_duplicates': False,
+        'reward.zero_learnability': -0.5, 'algorithm.aggregation': 'role_microbatch',
+        'algorithm.aggregation_rows': 16, 'algorithm.entropy_coef': 0.001,
+        'optimizer.weight_decay': 0.01,
+        # Python's ==, as the reference compares; the fence and the parsers stay ours.
+        'executor.options': {'equality': 'loose'},
+        'selfplay.kind_options': {'rules': {
+            'functions': 'one', 'rename': 'not_first', 'reject_constant': False,
+            'banned_words': 'azr'}, 'distinct_inputs': False},
+    },
+    'azr_paper_eq': {
+        'selfplay.solve_source': 'fresh', 'selfplay.refuse_duplicates': False,
+        'reward.zero_learnability': 0.0, 'algorithm.aggregation': 'sequence',
+        'executor.options': {'equality': 'loose'},
+    },
+}
+
+
+def apply_preset(c: ConfigDict, name: str) -> ConfigDict:
+  """Sets the fields of a preset in `c` and returns it; unknown names raise."""
+  if name not in PRESETS:
+    raise ConfigError(f'preset={name!r} is unknown; allowed: {", ".join(PRESETS)}.')
+  for field, value in PRESETS[name].items():
+    section, _, key = field.rpartition('.')
+    _get(c, section)[key] = ConfigDict(value) if isinstance(value, dict) else value
+  c.preset = name
+  return c
+
+
+def shrink(c: ConfigDict) -> ConfigDict:
+  """The same run with a random two-layer byte model and two short iterations, for a CPU."""
+  c.model.name = 'random:qwen2,vocab=320,embed=64,layers=2,heads=4,kv_heads=2,head_dim=16,ffn=128'
+  c.model.tokenizer, c.model.dtype, c.model.param_dtype = 'bytes', 'float32', 'float32'
+  c.model.attention = 'xla'
+  c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 1, 1
+  c.train.steps, c.train.micro_batch_tokens = 2, 16384
+  c.selfplay.batch, c.selfplay.mc_samples, c.selfplay.references = 2, 2, 1
+  c.selfplay.induction_cases = 4
+  c.sampler.slots, c.sampler.max_prompt_tokens = 8, 8192
+  c.sampler.max_propose_tokens = c.sampler.max_solve_tokens = 16
+  c.checkpoint.every_steps = 1
   return c
 
 
@@ -428,6 +477,7 @@ _CHECKS = {
     'train.steps': _at_least(1),
     'train.micro_batch_tokens': _at_least(1),
     'lora.rank': _at_least(0),
+    'lora.targets': ((lambda x: len(x) > 0), 'one or more names of projections'),
     'lora.alpha': _above(0),
     'checkpoint.every_steps': _at_least(1),
     'checkpoint.keep': _at_least(1),

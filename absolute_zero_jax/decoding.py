@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from absolute_zero_jax import sampling, sharding
-from absolute_zero_jax.models import decoder
+from absolute_zero_jax.models import attention, decoder
 from absolute_zero_jax.models.config import ModelConfig
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]      # per layer: keys [B,K,H,S], values [B,K,S,H]
@@ -180,7 +180,7 @@ def decode(config: ModelConfig, w: Weights, cache: Cache, slot: jax.Array, rows:
 
   def logits(cache, slot, rows):
     age_S = (slot - jnp.arange(S)) % S
-    bias_BS = jnp.where(age_S[None] <= rows.lengths_B[:, None], 0.0, decoder.MASKED)
+    bias_BS = jnp.where(age_S[None] <= rows.lengths_B[:, None], 0.0, attention.MASKED)
     angles = decoder.rope_angles(config, rows.lengths_B)
     x_BD = sharding.constrain(w.embed_VD[rows.tokens_B], ('batch', None), mesh)
     new = []
@@ -199,11 +199,10 @@ def decode(config: ModelConfig, w: Weights, cache: Cache, slot: jax.Array, rows:
                           grouped=sharding.row_shards(mesh) == 1)
     live_B = rows.left_B > 0
     stops_B = jnp.any(drawn.tokens_B[:, None] == stops_E[None], -1) & live_B
-    put = lambda x, column_B: jax.lax.dynamic_update_slice_in_dim(x, column_B[:, None], i, 1)
-    out = Chunk(put(out.tokens_BC, drawn.tokens_B),
-                put(out.sampler_logprobs_BC, drawn.sampler_logprobs_B),
-                put(out.model_logprobs_BC, drawn.model_logprobs_B),
-                out.counts_B + live_B, out.stopped_B | stops_B, i + 1)
+    tokens, sampler, model = (
+        jax.lax.dynamic_update_slice_in_dim(x_BC, column_B[:, None], i, 1)
+        for x_BC, column_B in zip(out[:3], drawn))
+    out = Chunk(tokens, sampler, model, out.counts_B + live_B, out.stopped_B | stops_B, i + 1)
     rows = rows._replace(tokens_B=drawn.tokens_B, lengths_B=rows.lengths_B + live_B,
                          drawn_B=rows.drawn_B + live_B,
                          left_B=jnp.where(stops_B, 0, rows.left_B - live_B))

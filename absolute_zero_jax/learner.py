@@ -136,23 +136,7 @@ class Learner:
       ValueError: malformed rows, or a KL coefficient without a reference.
     """
     a = self.algorithm
-    if a.needs_reference and reference is None:
-      raise ValueError('kl_coef > 0 needs the parameters of a reference; none were given. Pass '
-                       'reference=..., or set kl_coef to 0.')
-    layout = self._plan(rows)
-    values = {'sampler_logprobs': [np.asarray(r.sampler_logprobs, np.float32) for r in rows],
-              'model_logprobs': [np.asarray(r.model_logprobs, np.float32) for r in rows]}
-    if self._temperature != 1:
-      values['model_logprobs'] = values['sampler_logprobs']
-    tokens = packing.fill(layout, rows)
-    def score(params, **options):
-      return packing.take_rows(layout, rows, tokens, self.logprobs(params, tokens, **options))
-    if self._old == 'recompute' or self._old == 'current' and a.needs_old:
-      values['old_logprobs'] = score(params, trained=True, frozen=frozen)
-    elif self._old == 'sampler':
-      values['old_logprobs'] = values['model_logprobs']
-    if a.needs_reference:
-      values['ref_logprobs'] = score(reference)
+    values = self._logprobs_by_row(rows, params, frozen, reference)
     roles, rollout = packing.rollout(rows)
     if a.needs_old:
       rollout = rollout._replace(penalty_BT=a.penalty(
@@ -271,6 +255,29 @@ class Learner:
 
   # --- host
 
+  def _logprobs_by_row(self, rows, params, frozen, reference):
+    """Log-probs of the response tokens that the loss will ask for, by name, one array per row."""
+    a, out = self.algorithm, {}
+    for name in ('sampler_logprobs', 'model_logprobs'):
+      out[name] = [np.asarray(getattr(r, name), np.float32) for r in rows]
+    if self._temperature != 1:
+      out['model_logprobs'] = out['sampler_logprobs']
+    recompute = self._old == 'recompute' or self._old == 'current' and a.needs_old
+    layout = self._plan(rows)
+    tokens = packing.fill(layout, rows) if recompute or a.needs_reference else ()
+    if recompute:
+      scored = self.logprobs(params, tokens, trained=True, frozen=frozen)
+      out['old_logprobs'] = packing.take_rows(layout, rows, tokens, scored)
+    elif self._old == 'sampler':
+      out['old_logprobs'] = out['model_logprobs']
+    if a.needs_reference:
+      if reference is None:
+        raise ValueError('kl_coef > 0 needs the parameters of a reference; none were given. Pass '
+                         'reference=..., or set kl_coef to 0.')
+      scored = self.logprobs(reference, tokens)
+      out['ref_logprobs'] = packing.take_rows(layout, rows, tokens, scored)
+    return out
+
   def _step(self, state, frozen, part, size):
     # No name is kept for a finished gradient: at most two live at the same time.
     total = self._compiled['gradient'](state.params, frozen, self._put(part[0]), size)
@@ -312,7 +319,7 @@ def of_decoder(config: Any, tx: optax.GradientTransformation, algorithm: Any, *,
 
 @functools.cache
 def _compiler_options(platform: str) -> dict[str, str] | None:
-  """Without XLA:CPU's small-matmul fusion, whose large matmuls make the update 1.2 times slower.
+  """Without XLA:CPU's YNN fusion, which made scoring 1.2 to 1.7 times slower where we measured it.
 
   None where this XLA does not know the option, or the platform is another.
   """

@@ -32,9 +32,7 @@ def make_optimizer(learning_rate: float = 1e-6, *, schedule: str = 'constant',
   if schedule == 'cosine' and steps <= warmup_steps:
     raise ValueError(f"schedule='cosine' with warmup_steps={warmup_steps} needs more steps than "
                      f'steps={steps}; set it to the length of the run.')
-  adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-  if jnp.dtype(moment_dtype) != jnp.float32:
-    adam = _narrow(adam, jnp.dtype(moment_dtype))
+  adam = _stored_as(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), jnp.dtype(moment_dtype))
   return optax.chain(
       adam,
       optax.add_decayed_weights(weight_decay, mask=_is_matrix if decay == 'matrices' else None),
@@ -75,8 +73,8 @@ def round_tree(tree, like, key: jax.Array):
       for i, (x, y) in enumerate(zip(leaves, structure.flatten_up_to(like))))
 
 
-def _narrow(adam: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
-  """`adam`, whose two moments are stored in `dtype` between updates."""
+def _stored_as(adam: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
+  """`adam` with moments stored in `dtype`, whatever that of the parameters; float32 inside."""
   def cast(state, dtype):
     moments = jax.tree.map(lambda x: x.astype(dtype), (state.mu, state.nu))
     return state._replace(mu=moments[0], nu=moments[1])

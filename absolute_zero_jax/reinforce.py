@@ -190,15 +190,13 @@ def kl(gap, kind: str, xp=jnp):
 
 
 def importance_weights(gap_M: jax.Array, kind: str, cap: float) -> jax.Array:
-  """Weights exp(gap) of trainer against sampler, truncated or masked; no gradient flows."""
+  """Weights exp(gap) of trainer against sampler, truncated to `cap`, or masked outside its range."""
   if kind == 'none':
     return jnp.ones_like(gap_M)
   weight_M = jnp.exp(jnp.clip(gap_M, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
   if kind == 'truncate':
-    weight_M = jnp.minimum(weight_M, cap)
-  else:
-    weight_M = jnp.where((weight_M >= 1 / cap) & (weight_M <= cap), weight_M, 0)
-  return jax.lax.stop_gradient(weight_M)
+    return jnp.minimum(weight_M, cap)
+  return jnp.where((weight_M >= 1 / cap) & (weight_M <= cap), weight_M, 0)
 
 
 # Open: a function of the rollout and the algorithm, which holds the numbers.

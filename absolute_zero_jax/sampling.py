@@ -46,7 +46,8 @@ def options(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
 
   Raises ValueError outside temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1.
   """
-  allowed = {'temperature': (temperature, 0 <= temperature < float('inf'), 'at least 0 (0: greedy)'),
+  is_finite = 0 <= temperature < float('inf')
+  allowed = {'temperature': (temperature, is_finite, 'at least 0 (0: greedy)'),
              'top_k': (top_k, top_k >= 0 and top_k == int(top_k), 'an integer >= 0 (0: off)'),
              'top_p': (top_p, 0 < top_p <= 1, 'above 0 and at most 1 (1: off)'),
              'min_p': (min_p, 0 <= min_p <= 1, 'between 0 (off) and 1')}

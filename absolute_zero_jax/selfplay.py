@@ -15,13 +15,12 @@ Source: Absolute Zero (arXiv:2505.03335) Algorithm 1; spec section 1.2.
 from collections.abc import Callable, Sequence
 from concurrent import futures
 import dataclasses
-import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from absolute_zero_jax import buffer as buffer_lib
-from absolute_zero_jax import rewards
+from absolute_zero_jax import rewards as rewards_lib
 from absolute_zero_jax.types import Episode, Job, Role, Status, Task, Turn, Verdict
 
 # Draws of references before a prompt that does not fit is the config's fault.
@@ -36,9 +35,11 @@ class Rules:
   references: int
   solve_source: str
   draw: str
+  reference_draw: str
   recent_steps: int
   keep: str
   refuse_duplicates: bool
+  show_references: bool
   train_propose: bool
   mc_use: str
   max_prompt_tokens: int
@@ -54,7 +55,7 @@ class Tools(NamedTuple):
   # sample(role, prompts_ids, samples_per_prompt, stop_fn, on_finish) -> Sample lists, in order
   sample: Callable[..., list[list[Any]]]
   submit: Callable[[Job], futures.Future]
-  scoring: Any                                      # scoring.Scoring
+  rewards: Any                                      # rewards.Rewards
 
 
 @dataclasses.dataclass
@@ -89,7 +90,7 @@ def iterate(step: int, buffer: buffer_lib.TaskBuffer, tools: Tools, rules: Rules
 
   `timer(phase)` is a context manager; `on_proposal` sees every attempt once its verdict is known.
   """
-  counts = {field: buffer.counts(field) for field in buffer_lib.FIELDS}
+  counts = buffer.counts()
   lagged = draw_tasks(step, buffer, tools, rules, rng) if rules.solve_source == 'lagged' else None
   with timer('propose'):
     proposals = propose(step, buffer, tools, rules, rng, timer=timer)
@@ -113,18 +114,21 @@ def iterate(step: int, buffer: buffer_lib.TaskBuffer, tools: Tools, rules: Rules
   _set_solve_rates(proposals, measured)
   if not together:
     for a in proposals:
-      if a.status == 'ok' and rewards.keeps(a.solve_rate, rules.keep):
+      if a.status == 'ok' and rewards_lib.keeps(a.solve_rate, rules.keep):
         buffer.add(a.task)
     drawn = draw_tasks(step, buffer, tools, rules, rng) if lagged is None else lagged
     with timer('solve'):
       solved = answer(drawn, [1] * len(drawn), step, tools, rules, timer=timer)
 
   with timer('reward'):
-    episodes = [_episode(a, step, tools.scoring.propose(a, counts), train=rules.train_propose)
+    episodes = [_episode(a, step, tools.rewards.propose(a, counts), train=rules.train_propose)
                 for a in proposals]
-    episodes += [_episode(a, step, tools.scoring.solve(a), train=True) for g in solved for a in g]
-    episodes += [_episode(a, step, tools.scoring.solve(a), train=rules.mc_use == 'train')
+    episodes += [_episode(a, step, tools.rewards.solve(a), train=True) for g in solved for a in g]
+    episodes += [_episode(a, step, tools.rewards.solve(a), train=rules.mc_use == 'train')
                  for g in measured for a in g]
+  for a in proposals:         # after the rewards: diversity terms compare with what was there before
+    if a.status == 'ok':
+      buffer.count_types(a.task)
   return Result(proposals, [a for g in measured for a in g], [a for g in solved for a in g],
                 episodes)
 
@@ -161,10 +165,10 @@ def propose(step: int, buffer, tools: Tools, rules: Rules, rng: np.random.Genera
         attempt.status = task if isinstance(task, str) else 'ok'
         attempt.task = None if isinstance(task, str) else task
       if attempt.task is not None and rules.refuse_duplicates:
-        if (kind.name, attempt.task.key) in seen or buffer.holds(attempt.task):
+        if attempt.task.key in seen or attempt.task.key in buffer:
           attempt.status, attempt.task = 'duplicate', None
         else:
-          seen.add((kind.name, attempt.task.key))
+          seen.add(attempt.task.key)
       if attempt.task is not None and not _fits(kind, attempt.task, tools, rules):
         attempt.status, attempt.task = 'too_long', None
       attempts.append(attempt)
@@ -221,7 +225,8 @@ def draw_tasks(step: int, buffer, tools: Tools, rules: Rules, rng) -> list[Task]
   for kind in tools.kinds:
     # Fresh tasks are already in the buffer, lagged ones of this step are not.
     window = rules.recent_steps - (rules.solve_source == 'fresh')
-    tasks = buffer.draw(kind.name, rng, rules.batch, step=step, strategy=rules.draw, window=window)
+    tasks = buffer.draw(kind.name, rng, rules.batch, step=step, strategy=rules.draw,
+                        recent_steps=window)
     fitting = [t for t in tasks if _fits(kind, t, tools, rules)]
     if fitting:      # the batch stays full: rows that do not fit are replaced by ones that do
       extra = rng.integers(len(fitting), size=len(tasks) - len(fitting))
@@ -232,13 +237,14 @@ def draw_tasks(step: int, buffer, tools: Tools, rules: Rules, rng) -> list[Task]
 def _propose_prompt(kind, buffer, tools: Tools, rules: Rules, rng) -> tuple[list[Task], tuple]:
   """References and token ids; too long a prompt loses its longest references, then draws others."""
   variant = int(rng.integers(2**31))
+  count = max(rules.references if rules.show_references else 0, kind.min_references)
   for _ in range(_REDRAWS):
-    references = kind.references(buffer, rng, rules.references)
+    references = kind.references(buffer, rng, count, strategy=rules.reference_draw)
     while True:
       ids = tools.tokenizer.encode(kind.propose_prompt(references, tools.prompts, variant))
       if len(ids) <= rules.max_prompt_tokens:
         return references, tuple(ids)
-      if len(references) <= 1:
+      if len(references) <= kind.min_references:
         break
       references.remove(max(references, key=lambda t: len(t.program)))
   raise ValueError(f'sampler.max_prompt_tokens={rules.max_prompt_tokens} is too small: a '
@@ -246,9 +252,7 @@ def _propose_prompt(kind, buffer, tools: Tools, rules: Rules, rng) -> tuple[list
 
 
 def _solve_ids(kind, task: Task, tools: Tools) -> tuple[int, ...]:
-  # The same examples for every answer to a task, so that its Monte-Carlo answers share a prompt.
-  variant = int.from_bytes(hashlib.sha256(task.key.encode()).digest()[:4], 'big')
-  return tuple(tools.tokenizer.encode(kind.solve_prompt(task, tools.prompts, variant)))
+  return tuple(tools.tokenizer.encode(kind.solve_prompt(task, tools.prompts)))
 
 
 def _fits(kind, task: Task, tools: Tools, rules: Rules) -> bool:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation speed: our sampler against `transformers` generate, and against what the machine allows.
+"""Generation speed: our sampler against `transformers` generate, and against the machine's limit.
 
     python benchmarks/generate.py                                    SmolLM2-135M, B = 1, 8, 32, 64
     python benchmarks/generate.py --variable                         continuous against static batch
     python benchmarks/generate.py --shared                           8 answers to each long prompt
-    python benchmarks/generate.py --model=qwen2.5-1.5b --dtype=bfloat16 --batches=1,32,256   on a GPU
+    python benchmarks/generate.py --model=qwen2.5-1.5b --dtype=bfloat16 --batches=1,32,256 \\
+        --slots=256 --attention=cudnn                                on an NVIDIA GPU
 
 Every side is a process that stays up; the sides take turns (A B A B), so that a shared machine
 slows both. Both sample at random at temperature 1 and never stop early. The limit of a batch size
@@ -46,18 +47,22 @@ def _compare(flags) -> None:
   sides = [_Side(name, flags) for name in flags.sides.split(',')]
   names = ' '.join(f'{s.name + " tok/s":>14s}' for s in sides)
   print(f'prompt {flags.prompt}, {flags.new} new tokens, {flags.dtype}, {flags.rounds} rounds, '
-        f'medians\n{"B":>4s} {names} {"ratio":>7s} {"limit tok/s":>12s} {"share":>6s}', flush=True)
+        f'medians\n{"B":>4s} {names} {"ratio":>7s} {"cpu ratio":>9s} {"limit tok/s":>12s} '
+        f'{"share":>6s}', flush=True)
   for B in map(int, flags.batches.split(',')):
     job = {'rows': B, 'prompt': flags.prompt, 'new': [flags.new] * B}
     for side in sides:
       side.ask(job)                                            # compiles
-    seconds = {side.name: [] for side in sides}
+    answers = {side.name: [] for side in sides}
     for _ in range(flags.rounds):
       for side in sides:
-        seconds[side.name].append(side.ask(job)['seconds'])
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
+        answers[side.name].append(side.ask(job))
+    middle = {name: statistics.median(a['seconds'] for a in x) for name, x in answers.items()}
+    cpu = {name: statistics.median(a['cpu_s'] for a in x) for name, x in answers.items()}
     speeds = ' '.join(f'{B * flags.new / middle[s.name]:14.1f}' for s in sides)
-    ratio = f'{middle["hf"] / middle["jax"]:7.2f}' if len(sides) == 2 else f'{"-":>7s}'
+    ratio = f'{"-":>7s} {"-":>9s}'
+    if len(sides) == 2:
+      ratio = f'{middle["hf"] / middle["jax"]:7.2f} {cpu["hf"] / cpu["jax"]:9.2f}'
     limit = sides[0].ask(job | {'limit': True}) if sides[0].name == 'jax' else {'seconds': 0.0}
     print(f'{B:4d} {speeds} {ratio} {B * flags.new / max(limit["seconds"], 1e-9):12.1f} '
           f'{limit["seconds"] / middle[sides[0].name]:6.2f}   {limit.get("text", "")}', flush=True)
@@ -159,7 +164,8 @@ def _serve_jax(flags) -> None:
   mesh = sharding.make_mesh(data=flags.devices) if flags.devices > 1 else None
   ours = sampler.Sampler(config, mesh, pad_id=0, stop_ids=[], slots=flags.slots, chunk=flags.chunk,
                          max_prompt_tokens=max(flags.prompt, 512),
-                         max_new_tokens=max(flags.new, flags.limit), dtype=flags.dtype)
+                         max_new_tokens=max(flags.new, flags.limit), dtype=flags.dtype,
+                         attention=flags.attention)
   rng = np.random.default_rng(1)
   calls = iter(range(10**9))
 
@@ -170,13 +176,14 @@ def _serve_jax(flags) -> None:
     requests = [sampler.Request(tuple(p), job.get('samples', 1), n)
                 for p, n in zip(prompts, job['new'])]
     before = ours.stats()
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     out = ours.generate(params, requests, jax.random.fold_in(jax.random.key(0), next(calls)))
     seconds = time.perf_counter() - started
     assert [len(s[0].ids) for s in out] == job['new']
     spent = {k: v - before[k] for k, v in ours.stats().items()}
     text = ', '.join(f'{k} {spent[k]:.2f}' for k in ('prefill_s', 'decode_s', 'host_s'))
-    return {'seconds': seconds, 'prefill_s': spent['prefill_s'], 'text': text}
+    return {'seconds': seconds, 'cpu_s': time.process_time() - cpu,
+            'prefill_s': spent['prefill_s'], 'text': text}
 
   _serve(answer)
 
@@ -236,7 +243,7 @@ def _serve_hf(flags) -> None:
     prompts = rng.integers(100, min(model.config.vocab_size, 40000), (job['rows'], job['prompt']))
     tokens = torch.tensor(prompts, device=device)
     n = max(job['new'])
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     with torch.no_grad():
       out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n,
                            min_new_tokens=n, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
@@ -244,7 +251,7 @@ def _serve_hf(flags) -> None:
     if device == 'cuda':
       torch.cuda.synchronize()
     assert out.shape[1] == job['prompt'] + n
-    return {'seconds': time.perf_counter() - started}
+    return {'seconds': time.perf_counter() - started, 'cpu_s': time.process_time() - cpu}
 
   _serve(answer)
 
@@ -253,6 +260,7 @@ def _flags() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
   parser.add_argument('--model', default='smollm2', help=f'one of {list(MODELS)}, or any name')
   parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--attention', default='xla', help='of the prefill: xla or cudnn')
   parser.add_argument('--batches', default='1,8,32,64')
   parser.add_argument('--prompt', type=int, default=64)
   parser.add_argument('--new', type=int, default=64)

@@ -75,23 +75,21 @@ def _jax(flags) -> dict:
 
   folder = pathlib.Path(flags.folder)
   model = config.ModelConfig(**SMOLLM2)
-  if flags.make:
-    hf.save(model, decoder.init(model, jax.random.key(0)), folder / 'model')
-    return {}
-  params = hf.load(folder / 'model')[1]
   # Moves nothing: what is timed is the gradient.
   tx = (learner.make_optimizer(LEARNING_RATE) if flags.optimizer == 'adamw'
         else optax.set_to_zero())
   algorithm = reinforce.get('reinforce_plus_plus', aggregation='token')
   trainer = learner.of_decoder(model, tx, algorithm, remat=flags.remat, dtype=flags.dtype,
                                micro_batch_tokens=flags.micro_batch_tokens, chunk=flags.chunk)
-  state = trainer.init(params)
-  del params
-  work = trainer.prepare(_rows(flags, learner.Row), state.params)
-  # The torch sides train on exactly these numbers.
-  padded = [np.concatenate([getattr(b, name) for b in work.parts[0]])
-            for name in ('tokens_BT', 'mask_BT', 'advantages_BT', 'weights_BT')]
-  np.savez(folder / 'batch.npz', *padded)
+  work = trainer.prepare(_rows(flags, learner.Row), None)
+  if flags.make:
+    # The torch sides train on exactly these weights and numbers.
+    hf.save(model, decoder.init(model, jax.random.key(0)), folder / 'model')
+    np.savez(folder / 'batch.npz', *(
+        np.concatenate([getattr(b, name) for b in work.parts[0]])
+        for name in ('tokens_BT', 'mask_BT', 'advantages_BT', 'weights_BT')))
+    return {}
+  state = trainer.init(hf.load(folder / 'model')[1])
 
   def step():
     nonlocal state
@@ -171,7 +169,7 @@ def _flags() -> argparse.Namespace:
   parser.add_argument('--rows', type=int, default=8)
   parser.add_argument('--tokens', type=int, default=512)
   parser.add_argument('--rounds', type=int, default=2)
-  parser.add_argument('--steps', type=int, default=1, help='timed steps per process; the best counts')
+  parser.add_argument('--steps', type=int, default=1, help='timed per process; best counts')
   parser.add_argument('--optimizer', choices=('none', 'adamw'), default='none')
   parser.add_argument('--remat', choices=('none', 'full', 'dots'), default='full')
   parser.add_argument('--dtype', default='float32')

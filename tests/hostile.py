@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Canaries outside the fence, the corpus of hostile programs, and what each outcome may be called.
 
-As a program (`python hostile.py CORPUS.jsonl [options as JSON]`) it runs the corpus and prints one JSON line, so
-that tests can run it as another user.
+As a program (`python hostile.py CORPUS.jsonl [options as JSON]`) it runs the corpus and prints one
+JSON line, so that tests can run it as another user.
 """
 
 import json
@@ -14,17 +14,27 @@ import subprocess
 import sys
 import threading
 
-HOME = pathlib.Path('/tmp/azr_canary')        # the programs of the corpus name this place and these ports
+HOME = pathlib.Path('/tmp/azr_canary')  # the programs of the corpus name this place and these ports
 SECRET = 'CANARY-SECRET-7f3a'
-# Corpus word -> our statuses. 'contained': any verdict, as long as nothing happens outside. A program that
-# the gate refuses never runs, so 'rejected' also answers the words that describe a run.
+# Corpus word -> our statuses. 'contained': any verdict, as long as nothing happens outside. A
+# program that the gate refuses never runs, so 'rejected' also answers the words for a run.
 OUTCOMES = {
-    'rejected': {'rejected'},
-    'error': {'error', 'unsafe', 'crashed'},
-    'timeout': {'timeout'},
-    'memory': {'memory', 'timeout'},           # a slow machine may meet the time limit first
-    'nondeterministic': {'nondeterministic'},
-    'contained': {'ok', 'error', 'unsafe', 'crashed', 'timeout', 'memory', 'nondeterministic', 'rejected'}}
+  'rejected': {'rejected'},
+  'error': {'error', 'unsafe', 'crashed'},
+  'timeout': {'timeout'},
+  'memory': {'memory', 'timeout'},  # a slow machine may meet the time limit first
+  'nondeterministic': {'nondeterministic'},
+  'contained': {
+    'ok',
+    'error',
+    'unsafe',
+    'crashed',
+    'timeout',
+    'memory',
+    'nondeterministic',
+    'rejected',
+  },
+}
 
 
 class Canary:
@@ -37,7 +47,11 @@ class Canary:
     (HOME / 'w' / 'keep.txt').write_text('keep')
     os.umask(old)
     self.hits = []
-    tcp, udp, unix = socket.socket(), socket.socket(type=socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX)
+    tcp, udp, unix = (
+      socket.socket(),
+      socket.socket(type=socket.SOCK_DGRAM),
+      socket.socket(socket.AF_UNIX),
+    )
     tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     tcp.bind(('127.0.0.1', 47131))
     udp.bind(('127.0.0.1', 47132))
@@ -45,8 +59,12 @@ class Canary:
     tcp.listen()
     unix.listen()
     self._sockets = {'tcp': tcp, 'udp': udp, 'unix': unix}
-    for name, listener in self._sockets.items():
-      threading.Thread(target=self._watch, args=(name, listener), daemon=True).start()
+    self._closing = False
+    self._threads = [
+      threading.Thread(target=self._watch, args=pair, daemon=True) for pair in self._sockets.items()
+    ]
+    for thread in self._threads:
+      thread.start()
     self.process = subprocess.Popen(['sleep', '10000'])
     os.environ['AZ_CANARY_TOKEN'] = SECRET
 
@@ -59,6 +77,8 @@ class Canary:
           listener.accept()[0].close()
       except OSError:
         return
+      if self._closing:
+        return
       self.hits.append(name)
 
   def effects(self) -> list[str]:
@@ -70,11 +90,22 @@ class Canary:
       found.append('deleted a file')
     if self.process.poll() is not None:
       found.append('killed a process')
-    elif pathlib.Path(f'/proc/{self.process.pid}/stat').read_text().rpartition(')')[2].split()[0] == 'T':
+    elif (
+      pathlib.Path(f'/proc/{self.process.pid}/stat').read_text().rpartition(')')[2].split()[0]
+      == 'T'
+    ):
       found.append('stopped a process')
     return found
 
   def close(self) -> None:
+    self._closing = True
+    for listener in self._sockets.values():
+      try:
+        listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which would keep the port
+      except OSError:
+        pass
+    for thread in self._threads:
+      thread.join(5)
     for listener in self._sockets.values():
       listener.close()
     if self.process.poll() is None:
@@ -85,13 +116,16 @@ class Canary:
 
 
 def run_corpus(rows: list[dict], **options) -> dict:
-  """Validates every program with neighbours in the queue; what came out, and what it did outside."""
+  """Validates every program among neighbours; what came out, and what happened outside."""
   from absolute_zero_jax.executor import Executor
   from absolute_zero_jax.types import Job
+
   canary = Canary()
+
   def neighbour(i):
     program = 'def f(x):\n  s = "CROSS_JOB_MARKER' + 'x' * 40 + '"\n  return len(s) + x'
     return Job('run', program, (str(i),), (str(i + 56),))
+
   try:
     with Executor(**options) as executor:
       jobs = []
@@ -109,16 +143,28 @@ def run_corpus(rows: list[dict], **options) -> dict:
     if options.get('policy', True):
       allowed.add('rejected')
     elif row['expected'] == 'rejected' and row['category'] not in ('input_injection',):
-      allowed = OUTCOMES['contained']          # what the gate would have refused must still be contained
+      allowed = OUTCOMES['contained']  # what the gate would have refused must still be contained
     if verdict.status.value not in allowed:
       wrong.append([row['name'], row['expected'], verdict.status.value, verdict.error])
     shown = ' '.join(run.output for run in verdict.runs)
-    if SECRET in shown or 'CROSS_JOB' in shown or (row['name'] == 'cross_job_memory_scan'
-                                                   and shown not in ('', 'False', '[]')):
+    if (
+      SECRET in shown
+      or 'CROSS_JOB' in shown
+      or (row['name'] == 'cross_job_memory_scan' and shown not in ('', 'False', '[]'))
+    ):
       leaks.append([row['name'], shown[:200]])
-  return {'level': level, 'effects': effects, 'wrong': wrong, 'leaks': leaks, 'stats': stats,
-          'neighbours': sum(v.runs[0].matches for v in verdicts[1::2]), 'after': after.runs[0].matches,
-          'statuses': {row['name']: v.status.value + ' ' + v.error for row, v in zip(rows, verdicts[::2])}}
+  return {
+    'level': level,
+    'effects': effects,
+    'wrong': wrong,
+    'leaks': leaks,
+    'stats': stats,
+    'neighbours': sum(v.runs[0].matches for v in verdicts[1::2]),
+    'after': after.runs[0].matches,
+    'statuses': {
+      row['name']: v.status.value + ' ' + v.error for row, v in zip(rows, verdicts[::2])
+    },
+  }
 
 
 if __name__ == '__main__':

@@ -25,6 +25,10 @@ def test_shipped_configs_are_valid_and_documented(path):
   c = module.get_config()
   config.validate(c)
   assert f'--config configs/{path.name}' in module.__doc__
+  for preset in config.PRESETS if 'preset=' in path.read_text() else ():
+    c = module.get_config(f'preset={preset}')
+    config.validate(c)
+    assert c.preset == preset
 
 
 @pytest.mark.parametrize('field, value, words', [
@@ -73,6 +77,21 @@ def test_fields_that_contradict_each_other_are_refused(change, words):
   c.update_from_flattened_dict(change)
   with pytest.raises(config.ConfigError, match=words):
     config.validate(c)
+
+
+def test_the_presets_are_the_published_numbers():
+  paper = config.apply_preset(config.get_config(), 'azr_paper')
+  printed = config.apply_preset(config.get_config(), 'azr_paper_eq')
+  assert (paper.selfplay.solve_source, printed.selfplay.solve_source) == ('lagged', 'fresh')
+  assert (paper.reward.zero_learnability, printed.reward.zero_learnability) == (-0.5, 0.0)
+  assert (paper.algorithm.aggregation, printed.algorithm.aggregation) == (
+      'role_microbatch', 'sequence')
+  assert (paper.algorithm.entropy_coef, paper.optimizer.weight_decay) == (0.001, 0.01)
+  assert (paper.selfplay.batch, paper.selfplay.mc_samples, paper.selfplay.references) == (64, 8, 6)
+  assert (paper.sampler.max_prompt_tokens, paper.sampler.max_solve_tokens) == (6144, 8096)
+  assert (paper.optimizer.learning_rate, paper.optimizer.clip_norm) == (1e-6, 1.0)
+  with pytest.raises(config.ConfigError, match="preset='azr2'"):
+    config.apply_preset(config.get_config(), 'azr2')
 
 
 def test_file_arguments():

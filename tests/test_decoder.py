@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference_models
 
-from absolute_zero_jax.models import decoder, hf
+from absolute_zero_jax.models import attention, decoder, hf
 from absolute_zero_jax.models.config import ModelConfig, RopeScaling
 
 SMALL = ModelConfig('qwen3', vocab=61, embed=24, layers=3, heads=4, kv_heads=2, head_dim=8, ffn=40,
@@ -18,15 +18,25 @@ SMALL = ModelConfig('qwen3', vocab=61, embed=24, layers=3, heads=4, kv_heads=2, 
 
 def _params(config, seed=0):
   """Weights large enough that a wrong mask or position moves the logits."""
-  params = decoder.init(config, jax.random.key(seed))
-  return jax.tree.map(lambda x: x * 6 if x.ndim > 2 or x.shape[0] == config.vocab else x, params)
+  r = np.random.default_rng(seed)
+  return jax.tree.map(
+      lambda s: jnp.asarray(r.normal(1.0 if s.axes[-1] == 'norm' else 0.0, 0.12, s.shape),
+                            jnp.float32),
+      decoder.param_specs(config), is_leaf=lambda s: hasattr(s, 'axes'))
 
 
 def _tokens(shape, vocab=61, seed=0):
   return np.random.default_rng(seed).integers(0, vocab, shape)
 
 
-@pytest.mark.parametrize('name', sorted(reference_models.MODELS))
+_jitted = jax.jit(decoder.logits, static_argnums=0, static_argnames=('dtype', 'remat'))
+
+
+def _logits(config, params, *arrays, **options):
+  return np.asarray(_jitted(config, params, *(jnp.asarray(x) for x in arrays), **options))
+
+
+@pytest.mark.parametrize('name', ['llama3_scaled', 'qwen2', 'qwen3_tied'])
 def test_logits_equal_those_of_transformers(name):
   model = reference_models.make(name)
   config = ModelConfig.from_hf(model.config.to_dict())
@@ -34,7 +44,7 @@ def test_logits_equal_those_of_transformers(name):
   params = hf.assemble(config, weights.__getitem__)
   tokens_BT = _tokens((2, 140), model.config.vocab_size)       # more than one query chunk
   want = reference_models.logits(model, tokens_BT)
-  got = np.asarray(decoder.logits(config, params, jnp.asarray(tokens_BT)))
+  got = _logits(config, params, tokens_BT)
   assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
@@ -55,10 +65,9 @@ def test_packed_segments_equal_separate_rows():
   packed = np.concatenate([a, b, np.zeros((1, 13), int)], 1)
   segments = np.array([[1] * 150 + [2] * 37 + [0] * 13])
   positions = np.array([[*range(150), *range(37), *[0] * 13]])
-  got = decoder.logits(SMALL, params, jnp.asarray(packed), jnp.asarray(positions),
-                       jnp.asarray(segments))
+  got = _logits(SMALL, params, packed, positions, segments)
   for part, where in ((a, slice(0, 150)), (b, slice(150, 187))):
-    want = decoder.logits(SMALL, params, jnp.asarray(part))
+    want = _logits(SMALL, params, part)
     np.testing.assert_allclose(got[:, where], want, atol=2e-5)   # one shared segment: off by 3.2
   assert np.isfinite(got).all()
 
@@ -72,9 +81,8 @@ def test_padding_changes_nothing(side):
   segments = np.pad(np.ones((2, 20), int), pad)
   for fill in (0, 60):
     padded = np.pad(tokens_BT, pad, constant_values=fill)
-    got = decoder.logits(SMALL, params, jnp.asarray(padded), jnp.asarray(positions),
-                         jnp.asarray(segments))
-    want = decoder.logits(SMALL, params, jnp.asarray(tokens_BT))
+    got = _logits(SMALL, params, padded, positions, segments)
+    want = _logits(SMALL, params, tokens_BT)
     np.testing.assert_allclose(got[:, where], want, atol=2e-5)
 
 
@@ -82,7 +90,7 @@ def test_later_tokens_do_not_reach_earlier_ones():
   params, tokens_BT = _params(SMALL), _tokens((1, 300))
   changed = tokens_BT.copy()
   changed[:, 200:] = _tokens((1, 100), seed=2)
-  a, b = (decoder.logits(SMALL, params, jnp.asarray(x)) for x in (tokens_BT, changed))
+  a, b = (_logits(SMALL, params, x) for x in (tokens_BT, changed))
   np.testing.assert_array_equal(a[:, :200], b[:, :200])
   assert np.abs(a[:, 200:] - b[:, 200:]).max() > 0.1
 
@@ -108,15 +116,16 @@ def test_long_rows_give_the_gradient_of_unchunked_attention():
   segments = jnp.asarray([[1] * 600 + [2] * 500])
 
   def ours(q, k, v):
-    return decoder.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), segments, segments)
+    return attention.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), segments, segments)
 
   def plain(q, k, v):
-    mask = (segments[:, :, None] == segments[:, None]) & jnp.tril(jnp.ones((1100, 1100), bool))[None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+    mask = (segments[:, :, None] == segments[:, None])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
 
-  np.testing.assert_allclose(ours(q, k, v), plain(q, k, v), atol=1e-5)
-  loss = lambda f: jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(q, k, v)
-  for got, want in zip(loss(ours), loss(plain)):
+  np.testing.assert_allclose(jax.jit(ours)(q, k, v), jax.jit(plain)(q, k, v), atol=1e-5)
+  gradients = [jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(q, k, v)
+               for f in (ours, plain)]
+  for got, want in zip(*gradients):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -124,13 +133,13 @@ def test_scan_over_layers_equals_layers_one_by_one():
   params, tokens_BT = _params(SMALL), jnp.asarray(_tokens((2, 17)))
   positions = jnp.broadcast_to(jnp.arange(17)[None], (2, 17))
   segments = jnp.ones_like(tokens_BT)
+  block = jax.jit(lambda w, x: decoder.Block(SMALL).apply(
+      {'params': w}, x, None, decoder.rope_angles(SMALL, positions), segments, None)[0])
   x = params['embed'][tokens_BT]
   for i in range(SMALL.layers):
-    layer = jax.tree.map(lambda w: w[i], params['layers'])  # noqa: B023
-    x, _ = decoder.Block(SMALL).apply({'params': layer}, x, None,
-                                      decoder.rope_angles(SMALL, positions), segments, None)
+    x = block({name: w[i] for name, w in params['layers'].items()}, x)
   want = decoder.rms_norm(x, params['final_norm'], SMALL.norm_eps)
-  got = decoder.hidden(SMALL, params, tokens_BT, positions, segments)
+  got = jax.jit(decoder.hidden, static_argnums=0)(SMALL, params, tokens_BT, positions, segments)
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -146,8 +155,8 @@ def test_specs_are_the_shapes_of_initialised_parameters():
 
 def test_bfloat16_is_near_float32():
   params, tokens_BT = _params(SMALL), jnp.asarray(_tokens((2, 30)))
-  want = decoder.logits(SMALL, params, tokens_BT)
-  got = decoder.logits(SMALL, params, tokens_BT, dtype=jnp.bfloat16)
+  want = _logits(SMALL, params, tokens_BT)
+  got = _logits(SMALL, params, tokens_BT, dtype=jnp.bfloat16)
   assert got.dtype == jnp.float32
   assert np.abs(got - want).max() < 0.1 * np.abs(want).max()
 

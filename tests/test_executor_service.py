@@ -18,7 +18,9 @@ from absolute_zero_jax.types import Job, Status
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _LOOP = 'def f(x):\n  while True: pass\n'
-pytestmark = pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='looks at processes through /proc')
+pytestmark = pytest.mark.skipif(
+  not os.path.isdir('/proc/self'), reason='looks at processes through /proc'
+)
 
 
 @pytest.fixture(scope='module')
@@ -61,55 +63,110 @@ def _wait_until(true, seconds=20.0):
     time.sleep(0.02)
 
 
-@pytest.mark.parametrize('program, status, error', [
-    ('def f(x):\n  return x', 'ok', ''), ('def f(x):\n  return x[5]', 'error', 'TypeError'), (_LOOP, 'timeout', 'time limit'),
-    ('def f(x):\n  return len([0] * 10**10)', 'memory', 'MemoryError'), ('def f(x):\n  raise SystemExit', 'error', 'SystemExit'),
-    ('import collections\ndef f(x):\n  return collections.Counter("aab")', 'error', 'output: type:Counter'),
-    ('import collections\ndef f(x):\n  return collections.deque([1])', 'error', 'output: type:deque'),
-    ('def f(x):\n  return list({"a", "b", "c", "d", "e", "f", "g"})', 'nondeterministic', 'two processes differ'),
+@pytest.mark.parametrize(
+  'program, status, error',
+  [
+    ('def f(x):\n  return x', 'ok', ''),
+    ('def f(x):\n  return x[5]', 'error', 'TypeError'),
+    (_LOOP, 'timeout', 'time limit'),
+    ('def f(x):\n  return len([0] * 10**10)', 'memory', 'MemoryError'),
+    ('def f(x):\n  raise SystemExit', 'error', 'SystemExit'),
+    (
+      'import collections\ndef f(x):\n  return collections.Counter("aab")',
+      'error',
+      'output: type:Counter',
+    ),
+    (
+      'import collections\ndef f(x):\n  return collections.deque([1])',
+      'error',
+      'output: type:deque',
+    ),
+    (
+      'def f(x):\n  return list({"a", "b", "c", "d", "e", "f", "g"})',
+      'nondeterministic',
+      'two processes differ',
+    ),
     ('def f(x, seen=[]):\n  seen.append(x)\n  return seen', 'nondeterministic', 'two calls differ'),
-    ('def f(x):\n  return id(x)', 'nondeterministic', ''), ('def f(x):\n  return object().__str__()', 'nondeterministic', ''),
-    ('def f(x):\n  return {"b", "a", x}', 'ok', ''), ('def f(x):\n  return "x" * 100000', 'error', 'output: too big'),
-    ('def f(x):\n  print("x" * 10**6)\n  return None', 'ok', ''), ('def f(x):\n  return x +', 'rejected', 'syntax'),
-    ('def f(x):\n  return f(x)', 'error', 'RecursionError'), ('x = 1 / 0\ndef f(x):\n  return 1', 'error', 'ZeroDivisionError'),
-    ('def f(x):\n  return (x for x in ())', 'error', 'output: type:generator'), ('def f(x):\n  return "é".encode("shift_jis", "replace")', 'ok', ''),
-    ('import decimal, fractions, statistics, heapq, json, re, string\ndef f(x):\n  return statistics.mean([1, 2])', 'ok', ''),
-    ('import dataclasses\n@dataclasses.dataclass\nclass P:\n  a: int\ndef f(x):\n  return dataclasses.astuple(P(x))', 'ok', ''),
-    ('def f(x):\n  return "\\N{BULLET}" + "%d %s" % (x, 2.5)', 'ok', '')], ids=range(22))
+    ('def f(x):\n  return id(x)', 'nondeterministic', ''),
+    ('def f(x):\n  return object().__str__()', 'nondeterministic', ''),
+    ('def f(x):\n  return {"b", "a", x}', 'ok', ''),
+    ('def f(x):\n  return "x" * 100000', 'error', 'output: too big'),
+    ('def f(x):\n  print("x" * 10**6)\n  return None', 'ok', ''),
+    ('def f(x):\n  return x +', 'rejected', 'syntax'),
+    ('def f(x):\n  return f(x)', 'error', 'RecursionError'),
+    ('x = 1 / 0\ndef f(x):\n  return 1', 'error', 'ZeroDivisionError'),
+    ('def f(x):\n  return (x for x in ())', 'error', 'output: type:generator'),
+    ('def f(x):\n  return "é".encode("shift_jis", "replace")', 'ok', ''),
+    (
+      'import decimal, fractions, statistics, heapq, json, re\n'
+      'def f(x):\n  return statistics.mean([1, 2])',
+      'ok',
+      '',
+    ),
+    (
+      'import dataclasses\n@dataclasses.dataclass\nclass P:\n  a: int\n'
+      'def f(x):\n  return dataclasses.astuple(P(x))',
+      'ok',
+      '',
+    ),
+    ('def f(x):\n  return "\\N{BULLET}" + "%d %s" % (x, 2.5)', 'ok', ''),
+  ],
+  ids=range(22),
+)
 def test_each_status(executor, program, status, error):
   verdict = executor.run([Job('validate', program, ('1',))])[0]
-  assert (verdict.status.value, error) == (status, error if error in verdict.error else verdict.error)
+  assert (verdict.status.value, error) == (
+    status,
+    error if error in verdict.error else verdict.error,
+  )
   assert verdict.runs[0].matches is (status == 'ok')
 
 
 def test_a_task_is_validated_and_verified_in_three_directions(executor):
-  proposed = executor.run([Job('validate', '\n# sum of a list\ndef f(a, b=1):\n  return sum(a) + b\n', ('[1, 2], b = 3',))])[0]
+  proposed = executor.run(
+    [
+      Job(
+        'validate', '\n# sum of a list\ndef f(a, b=1):\n  return sum(a) + b\n', ('[1, 2], b = 3',)
+      )
+    ]
+  )[0]
   gold = proposed.runs[0]
-  assert (proposed.program, gold.input, gold.output) == ('# sum of a list\ndef f(a, b=1):\n  return sum(a) + b\n', '[1, 2], b=3', '6')
-  deduction, abduction, induction = executor.run([
+  assert (proposed.program, gold.input, gold.output) == (
+    '# sum of a list\ndef f(a, b=1):\n  return sum(a) + b\n',
+    '[1, 2], b=3',
+    '6',
+  )
+  deduction, abduction, induction = executor.run(
+    [
       Job('compare', inputs=('6', ' 6', '7', '6.0'), expected=(gold.output,) * 4),
-      Job('run', proposed.program, ('[6], 0', '[1]', '1) or (True', '[3, 3], b=0'), (gold.output,) * 4),
-      Job('run', 'def f(a, b):\n  for x in a: b += x\n  return b', (gold.input,), (gold.output,))])
+      Job(
+        'run', proposed.program, ('[6], 0', '[1]', '1) or (True', '[3, 3], b=0'), (gold.output,) * 4
+      ),
+      Job('run', 'def f(a, b):\n  for x in a: b += x\n  return b', (gold.input,), (gold.output,)),
+    ]
+  )
   assert [r.matches for r in deduction.runs] == [True, True, False, False]
   assert [r.matches for r in abduction.runs] == [True, False, False, True]
   assert [r.matches for r in induction.runs] == [True]
 
 
 def test_results_keep_the_order_of_the_jobs(executor):
-  jobs = [Job('run', f'def f(x):\n  return x + {i % 7}', (str(i),), (str(i + i % 7),)) for i in range(300)]
+  jobs = [
+    Job('run', f'def f(x):\n  return x + {i % 7}', (str(i),), (str(i + i % 7),)) for i in range(300)
+  ]
   assert all(v.runs[0].matches for v in executor.run(jobs))
 
 
 def test_each_run_starts_from_a_clean_interpreter(executor):
-  vandal = 'import math, builtins\n' if False else 'import math\ndef f(x):\n  math.sqrt = lambda y: 0\n  str.upper\n  return 1'
+  vandal = 'import math\ndef f(x):\n  math.sqrt = lambda y: 0\n  str.upper\n  return 1'
   programs = [vandal, 'import math\ndef f(x):\n  return math.sqrt(x)'] * 20
   verdicts = executor.run([Job('run', p, (str(4 + i),)) for i, p in enumerate(programs)])
   assert [v.runs[0].output != '0' for v in verdicts[1::2]] == [True] * 20
 
 
 def test_a_forged_object_or_answer_never_matches(executor):
-  always_equal = 'class E:\n  def __eq__(self, o): return True\n  def __repr__(self): return "5"\ndef f(x):\n  return E()'
-  sly_int = 'class E(int):\n  def __eq__(self, o): return True\n  def __hash__(self): return 0\ndef f(x):\n  return E(5)'
+  body = ':\n  def __eq__(self, o): return True\n  def __repr__(self): return "5"\ndef f(x):\n  return E('
+  always_equal, sly_int = f'class E{body})', f'class E(int){body}5)'
   for program in (always_equal, sly_int):
     verdict = executor.run([Job('run', program, ('1',), ('5',))])[0]
     assert not verdict.runs[0].matches and verdict.runs[0].output == ''
@@ -142,9 +199,11 @@ def test_the_queue_is_bounded_and_callbacks_may_submit():
     with pytest.raises(QueueFull, match='max_pending=4'):
       started.submit(Job('run', _LOOP, ('9',)), block=False)
     chained = []
-    blockers[0].add_done_callback(lambda _: chained.append(started.submit(Job('run', _LOOP, ('0',)))))
+    blockers[0].add_done_callback(
+      lambda _: chained.append(started.submit(Job('run', _LOOP, ('0',))))
+    )
     began = time.monotonic()
-    late = started.submit(Job('run', 'def f(x):\n  return x', ('1',)))        # waits for room
+    late = started.submit(Job('run', 'def f(x):\n  return x', ('1',)))  # waits for room
     assert time.monotonic() - began > 0.2
     assert late.result().status is Status.OK
     assert chained[0].result(30).status is Status.TIMEOUT
@@ -153,14 +212,18 @@ def test_the_queue_is_bounded_and_callbacks_may_submit():
 def test_a_cancelled_future_disturbs_nobody(executor):
   futures = [executor.submit(Job('run', f'def f(x):\n  return {i}', ('1',))) for i in range(40)]
   cancelled = [f for f in futures[::2] if f.cancel()]
-  assert [f.result().status for f in futures if f not in cancelled] == [Status.OK] * (40 - len(cancelled))
+  assert [f.result().status for f in futures if f not in cancelled] == [Status.OK] * (
+    40 - len(cancelled)
+  )
 
 
 def test_many_threads_may_submit(executor):
   results = []
+
   def work(k):
     jobs = [Job('run', f'def f(x):\n  return x * {k}', (str(i),), (str(i * k),)) for i in range(20)]
     results.append(all(v.runs[0].matches for v in executor.run(jobs)))
+
   threads = [threading.Thread(target=work, args=(k,)) for k in range(6)]
   [t.start() for t in threads]
   [t.join() for t in threads]
@@ -168,24 +231,49 @@ def test_many_threads_may_submit(executor):
 
 
 def test_oversized_jobs_are_answered(executor):
-  verdicts = executor.run([Job('run', 'def f(x):\n  return 1\n#' + 'x' * 10**6, ('1',)),
-                           Job('run', 'def f(x):\n  return 1', ("'" + 'x' * 10**6 + "'", '1')),
-                           Job('compare', inputs=('[' * 10**6,), expected=('1',)),
-                           Job('run', 'def f(x):\n  return x', tuple(map(str, range(200))), tuple(map(str, range(200))))])
-  assert verdicts[0].error == 'too long' and [r.status.value for r in verdicts[1].runs] == ['rejected', 'ok']
+  verdicts = executor.run(
+    [
+      Job('run', 'def f(x):\n  return 1\n#' + 'x' * 10**6, ('1',)),
+      Job('run', 'def f(x):\n  return 1', ("'" + 'x' * 10**6 + "'", '1')),
+      Job('compare', inputs=('[' * 10**6,), expected=('1',)),
+      Job('run', 'def f(x):\n  return x', tuple(map(str, range(200))), tuple(map(str, range(200)))),
+    ]
+  )
+  assert verdicts[0].error == 'too long' and [r.status.value for r in verdicts[1].runs] == [
+    'rejected',
+    'ok',
+  ]
   assert verdicts[2].runs[0].status is Status.REJECTED and all(r.matches for r in verdicts[3].runs)
 
 
-@pytest.mark.parametrize('options, message', [
-    ({'workers': 3}, 'even'), ({'workers': -2}, 'workers'), ({'memory_mb': 1}, 'memory_mb'), ({'equality': 'fuzzy'}, 'strict'),
-    ({'min_isolation': 'best'}, 'full'), ({'layers': ('moat',)}, 'moat'), ({'score_timeout_s': 0}, 'score_timeout_s'), ({'cache_size': -1}, 'cache_size')])
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'workers': 3}, 'even'),
+    ({'workers': -2}, 'workers'),
+    ({'memory_mb': 1}, 'memory_mb'),
+    ({'equality': 'fuzzy'}, 'strict'),
+    ({'min_isolation': 'best'}, 'full'),
+    ({'layers': ('moat',)}, 'moat'),
+    ({'score_timeout_s': 0}, 'score_timeout_s'),
+    ({'cache_size': -1}, 'cache_size'),
+  ],
+)
 def test_impossible_options_are_refused_before_anything_starts(options, message):
   with pytest.raises(ValueError, match=message):
     Executor(**options)
 
 
-@pytest.mark.parametrize('job', [Job('walk'), Job('run', timeout_s=-1.0), Job('run', timeout_s=1e9), Job('compare', inputs=('1',)),
-                                 Job('run', inputs=('1',), expected=('1', '2'))])
+@pytest.mark.parametrize(
+  'job',
+  [
+    Job('walk'),
+    Job('run', timeout_s=-1.0),
+    Job('run', timeout_s=1e9),
+    Job('compare', inputs=('1',)),
+    Job('run', inputs=('1',), expected=('1', '2')),
+  ],
+)
 def test_what_is_no_job_is_refused(executor, job):
   with pytest.raises(ValueError, match='Job'):
     executor.submit(job)
@@ -210,7 +298,7 @@ def test_a_lost_worker_costs_no_job_and_gives_no_double_result(sign):
     futures = [started.submit(Job('run', program, (str(i),), (str(i),))) for i in range(60)]
     for i, future in enumerate(futures):
       future.add_done_callback(lambda _, k=i: seen.append(k))
-    for _ in range(3):
+    for _ in range(2):
       time.sleep(0.15)
       for pid in _zygotes(started)[:1]:
         os.kill(pid, sign)
@@ -233,16 +321,14 @@ def test_a_lost_supervisor_is_replaced_and_its_jobs_are_sent_again(sign):
     _wait_until(lambda: not os.path.exists(f'/proc/{first}'))
 
 
-def test_a_unit_that_loses_two_workers_is_given_up():
+def test_a_unit_that_keeps_losing_workers_is_given_up():
   with Executor(workers=2, score_timeout_s=30.0) as started:
     future = started.submit(Job('run', _LOOP, ('1',)))
     while not future.done():
-      time.sleep(0.1)
-      for pid in _zygotes(started):
-        try:
+      if started.stats()['running']:
+        for pid in _zygotes(started)[:2]:
           os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-          pass
+      time.sleep(0.1)
     assert future.result().status is Status.CRASHED
     assert started.run([Job('run', 'def f(x):\n  return x', ('1',))])[0].status is Status.OK
 
@@ -274,11 +360,15 @@ def _script(tmp_path, body):
   path = tmp_path / 'script.py'
   path.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n' + textwrap.dedent(body))
   env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-  return subprocess.Popen([sys.executable, str(path)], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    [sys.executable, str(path)], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
+  )
 
 
 def test_a_killed_trainer_leaves_nothing(tmp_path):
-  trainer = _script(tmp_path, '''
+  trainer = _script(
+    tmp_path,
+    """
       from absolute_zero_jax.executor import Executor
       from absolute_zero_jax.types import Job
       import time
@@ -287,7 +377,8 @@ def test_a_killed_trainer_leaves_nothing(tmp_path):
         e.submit(Job('run', 'def f(x):\\n  while True: pass', (str(i),)))
       time.sleep(0.3)
       print('looping', flush=True)
-      time.sleep(100)''')
+      time.sleep(100)""",
+  )
   assert trainer.stdout.readline() == 'looping\n'
   pids = _descendants(trainer.pid)
   assert len(pids) >= 5
@@ -298,12 +389,15 @@ def test_a_killed_trainer_leaves_nothing(tmp_path):
 
 
 def test_a_script_without_a_main_guard_and_without_close(tmp_path):
-  trainer = _script(tmp_path, '''
+  trainer = _script(
+    tmp_path,
+    """
       from absolute_zero_jax.executor import Executor
       from absolute_zero_jax.types import Job
       e = Executor(workers=2)
       print(e.run([Job('run', 'def f(x):\\n  return x + 1', ('41',))])[0].runs[0].output)
-      print('jax' in sys.modules or 'numpy' in sys.modules)''')
+      print('jax' in sys.modules or 'numpy' in sys.modules)""",
+  )
   out, _ = trainer.communicate(timeout=60)
   assert out == '42\nFalse\n' and trainer.returncode == 0
 
@@ -316,21 +410,27 @@ def test_no_process_of_the_service_holds_jax_or_the_trainers_environment(monkeyp
         assert b'hunter2' not in pathlib.Path(f'/proc/{pid}/environ').read_bytes()
         maps = pathlib.Path(f'/proc/{pid}/maps').read_text()
       except PermissionError:
-        continue             # undumpable: not even this user may look
+        continue  # undumpable: not even this user may look
       assert 'jaxlib' not in maps and 'numpy' not in maps
 
 
 def test_loops_do_not_make_a_benign_program_time_out():
-  with Executor(workers=2, score_timeout_s=0.5) as started:
+  with Executor(workers=2, score_timeout_s=0.25) as started:
     loops = [started.submit(Job('run', _LOOP, (str(i),))) for i in range(16)]
-    benign = [started.submit(Job('run', 'def f(x):\n  return sum(range(1000)) + x', (str(i),))) for i in range(20)]
+    benign = [
+      started.submit(Job('run', 'def f(x):\n  return sum(range(1000)) + x', (str(i),)))
+      for i in range(20)
+    ]
     assert {f.result().status for f in benign} == {Status.OK}
     assert {f.result().status for f in loops} == {Status.TIMEOUT}
 
 
 def test_a_limit_is_of_time_that_the_program_had():
   """Others that use every core for their own ends do not turn a slow program into a timeout."""
-  hogs = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(2 * (os.cpu_count() or 2))]
+  hogs = [
+    subprocess.Popen([sys.executable, '-c', 'while True: pass'])
+    for _ in range(2 * (os.cpu_count() or 2))
+  ]
   try:
     with Executor(workers=2, score_timeout_s=0.6) as started:
       busy = 'def f(x):\n  s = 0\n  for i in range(1500000): s += i\n  return x'
@@ -366,16 +466,25 @@ def test_workers_are_replaced_after_many_programs():
 @pytest.mark.slow
 def test_a_hundred_thousand_programs_leave_no_trace():
   with Executor(workers=2, cache_size=100) as started:
+
     def measure():
       pids = _descendants(_supervisor(started)) | {_supervisor(started)}
       kept = [p for p in pids if os.path.exists(f'/proc/{p}/statm')]
       pages = [int(pathlib.Path(f'/proc/{p}/statm').read_text().split()[1]) for p in kept]
-      return len(kept), max(pages), len(os.listdir(f'/proc/{_supervisor(started)}/fd')), len(os.listdir('/proc/self/fd'))
+      return (
+        len(kept),
+        max(pages),
+        len(os.listdir(f'/proc/{_supervisor(started)}/fd')),
+        len(os.listdir('/proc/self/fd')),
+      )
+
     program = 'def f(x):\n  return [x, {}]'
     started.run([Job('run', program.format(-1 - i), ('1',)) for i in range(10_000)])
     before = measure()
     for batch in range(9):
-      verdicts = started.run([Job('run', program.format(batch * 10_000 + i), ('1',)) for i in range(10_000)])
+      verdicts = started.run(
+        [Job('run', program.format(batch * 10_000 + i), ('1',)) for i in range(10_000)]
+      )
       assert {v.status for v in verdicts} == {Status.OK}
     after = measure()
   assert after[0] <= before[0] + 1 and after[2] <= before[2] + 2 and after[3] <= before[3]

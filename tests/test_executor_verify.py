@@ -30,36 +30,86 @@ def _drive(trial, *reports):
 
 
 def test_validation_is_two_calls_in_one_process_and_one_in_another():
-  verdict, units = _drive(_trial(Job('validate', _F, ('1', '2'))), [_value(1, 1), _value(2, 2)], [_value(1), _value(2)])
-  assert [(u.group, u.repeat, u.inputs) for u in units] == [('a', 2, ('1', '2')), ('b', 1, ('1', '2'))]
+  verdict, units = _drive(
+    _trial(Job('validate', _F, ('1', '2'))), [_value(1, 1), _value(2, 2)], [_value(1), _value(2)]
+  )
+  assert [(u.group, u.repeat, u.inputs) for u in units] == [
+    ('a', 2, ('1', '2')),
+    ('b', 1, ('1', '2')),
+  ]
   assert verdict.status is Status.OK and verdict.program == _F and len(verdict.key) == 64
-  assert [(r.input, r.output, r.matches) for r in verdict.runs] == [('1', '1', True), ('2', '2', True)]
+  assert [(r.input, r.output, r.matches) for r in verdict.runs] == [
+    ('1', '1', True),
+    ('2', '2', True),
+  ]
 
 
-@pytest.mark.parametrize('first, second', [
-    ([_value(1, 2)], None), ([_value(1, 1)], [_value(2)]), ([_value(1, 1)], [_value(True)]), ([_value(1, 1)], [_value(1.0)]),
-    ([_value([1], (1,))], None), ([_value(1, 1)], [[['x', 'KeyError']]]), ([[['x', 'KeyError'], ['x', 'IndexError']]], None),
-    ([[['v', ['i', 1]], ['x', 'KeyError']]], None), ([_value(1, 1)], ([], Status.CRASHED)), ([_value({'a': 1}, {'a': True})], None)])
+@pytest.mark.parametrize(
+  'first, second',
+  [
+    ([_value(1, 2)], None),
+    ([_value(1, 1)], [_value(2)]),
+    ([_value(1, 1)], [_value(True)]),
+    ([_value(1, 1)], [_value(1.0)]),
+    ([_value([1], (1,))], None),
+    ([_value(1, 1)], [[['x', 'KeyError']]]),
+    ([[['x', 'KeyError'], ['x', 'IndexError']]], None),
+    ([[['v', ['i', 1]], ['x', 'KeyError']]], None),
+    ([_value(1, 1)], ([], Status.CRASHED)),
+    ([_value({'a': 1}, {'a': True})], None),
+  ],
+)
 def test_results_that_differ_are_nondeterministic(first, second):
   verdict, _ = _drive(_trial(Job('validate', _F, ('1',))), first, *([second] if second else []))
-  assert verdict.status is Status.NONDETERMINISTIC and not verdict.runs[0].matches and verdict.runs[0].output == ''
+  assert (
+    verdict.status is Status.NONDETERMINISTIC
+    and not verdict.runs[0].matches
+    and verdict.runs[0].output == ''
+  )
 
 
-@pytest.mark.parametrize('result', [{3, 1, 2}, float('nan'), [float('nan')], -0.0, {'b': 1, 'a': 2}, None, 'é\ud800', 10**4000, ...])
+@pytest.mark.parametrize(
+  'result',
+  [{3, 1, 2}, float('nan'), [float('nan')], -0.0, {'b': 1, 'a': 2}, None, 'é\ud800', 10**4000, ...],
+)
 def test_equal_results_are_accepted_and_shown_canonically(result):
-  verdict, _ = _drive(_trial(Job('validate', _F, ('1',))), [_value(result, result)], [_value(result)])
+  verdict, _ = _drive(
+    _trial(Job('validate', _F, ('1',))), [_value(result, result)], [_value(result)]
+  )
   assert verdict.status is Status.OK and verdict.runs[0].matches
   assert verdict.runs[0].output == values.text(result)
 
 
 def test_dict_order_may_differ_between_processes():
-  verdict, _ = _drive(_trial(Job('validate', _F, ('1',))), [_value({'a': 1, 'b': 2}, {'a': 1, 'b': 2})], [_value({'b': 2, 'a': 1})])
+  verdict, _ = _drive(
+    _trial(Job('validate', _F, ('1',))),
+    [_value({'a': 1, 'b': 2}, {'a': 1, 'b': 2})],
+    [_value({'b': 2, 'a': 1})],
+  )
   assert verdict.status is Status.OK and verdict.runs[0].output == "{'a': 1, 'b': 2}"
 
 
-@pytest.mark.parametrize('frame', [
-    None, 1, [], {}, [['v']], [['v', 1]], [['q', 1]], [['v', ['i', 1]], ['v', ['i', 1]], ['v', ['i', 1]]], [['x', 1]], [['x', 'a' * 1000]],
-    [['m', 1]], [['u', None]], [['r']], 'v', [[['v', ['i', 1]]]], [['v', ['S', [['l', []]]]]]])
+@pytest.mark.parametrize(
+  'frame',
+  [
+    None,
+    1,
+    [],
+    {},
+    [['v']],
+    [['v', 1]],
+    [['q', 1]],
+    [['v', ['i', 1]], ['v', ['i', 1]], ['v', ['i', 1]]],
+    [['x', 1]],
+    [['x', 'a' * 1000]],
+    [['m', 1]],
+    [['u', None]],
+    [['r']],
+    'v',
+    [[['v', ['i', 1]]]],
+    [['v', ['S', [['l', []]]]]],
+  ],
+)
 def test_malformed_frames_never_count_as_a_result(frame):
   verdict, _ = _drive(_trial(Job('run', _F, ('1',), ('1',))), [frame])
   assert verdict.status is Status.CRASHED and not verdict.runs[0].matches
@@ -82,7 +132,11 @@ def test_a_gold_must_verify_itself(monkeypatch):
 
 
 def test_only_the_input_that_kills_its_process_is_lost():
-  verdict, units = _drive(_trial(Job('run', _F, ('1', '2', '3'), ('1', '2', '3'))), ([_value(1)], Status.TIMEOUT), [_value(3)])
+  verdict, units = _drive(
+    _trial(Job('run', _F, ('1', '2', '3'), ('1', '2', '3'))),
+    ([_value(1)], Status.TIMEOUT),
+    [_value(3)],
+  )
   assert [u.inputs for u in units] == [('1', '2', '3'), ('3',)]
   assert [r.status for r in verdict.runs] == [Status.OK, Status.TIMEOUT, Status.OK]
   assert verdict.status is Status.TIMEOUT and verdict.runs[2].matches
@@ -102,39 +156,95 @@ def test_a_program_that_does_not_load_fails_on_every_input():
 
 def test_many_inputs_are_split_over_processes():
   inputs = tuple(map(str, range(100)))
-  verdict, units = _drive(_trial(Job('run', _F, inputs, inputs)), [_value(i) for i in range(64)], [_value(i) for i in range(64, 100)])
+  verdict, units = _drive(
+    _trial(Job('run', _F, inputs, inputs)),
+    [_value(i) for i in range(64)],
+    [_value(i) for i in range(64, 100)],
+  )
   assert [len(u.inputs) for u in units] == [64, 36]
   assert all(r.matches for r in verdict.runs)
 
 
 def test_the_name_of_the_exception_is_the_value_of_the_error_kind():
-  verdict, _ = _drive(_trial(Job('validate', _F, ('1', '2'), expect_error=True)),
-                      [[['x', 'KeyError'], ['x', 'KeyError']], [['r'], ['r']]], [[['x', 'KeyError']], [['r']]])
+  verdict, _ = _drive(
+    _trial(Job('validate', _F, ('1', '2'), expect_error=True)),
+    [[['x', 'KeyError'], ['x', 'KeyError']], [['r'], ['r']]],
+    [[['x', 'KeyError']], [['r']]],
+  )
   assert [r.output for r in verdict.runs] == ['KeyError', 'NoError'] and verdict.status is Status.OK
-  answers = _trial(Job('compare', inputs=('keyerror: 1', 'IndexError', ' noerror ', ''),
-                       expected=('KeyError', 'KeyError', 'NoError', 'KeyError'), expect_error=True)).verdict
+  answers = _trial(
+    Job(
+      'compare',
+      inputs=('keyerror: 1', 'IndexError', ' noerror ', ''),
+      expected=('KeyError', 'KeyError', 'NoError', 'KeyError'),
+      expect_error=True,
+    )
+  ).verdict
   assert [r.matches for r in answers.runs] == [True, False, True, False]
 
 
 def test_answers_are_compared_as_values_without_running_anything():
-  inputs = ('1', '1.0', 'True', "{'b': 1, 'a': 2}", '[1]', '1+1', 'x', '9**9**9', "__import__('os')", 'nan')
+  inputs = (
+    '1',
+    '1.0',
+    'True',
+    "{'b': 1, 'a': 2}",
+    '[1]',
+    '1+1',
+    'x',
+    '9**9**9',
+    "__import__('os')",
+    'nan',
+  )
   expected = ('1', '1', '1', "{'a': 2, 'b': 1}", '(1,)', '2', '1', '1', '1', "float('nan')")
   strict = _trial(Job('compare', inputs=inputs, expected=expected)).verdict
   loose = _trial(Job('compare', inputs=inputs, expected=expected), equality='loose').verdict
-  assert [r.matches for r in strict.runs] == [True, False, False, True, False, False, False, False, False, True]
-  assert [r.matches for r in loose.runs] == [True, True, True, True, False, True, False, False, False, True]
+  assert [r.matches for r in strict.runs] == [
+    True,
+    False,
+    False,
+    True,
+    False,
+    False,
+    False,
+    False,
+    False,
+    True,
+  ]
+  assert [r.matches for r in loose.runs] == [
+    True,
+    True,
+    True,
+    True,
+    False,
+    True,
+    False,
+    False,
+    False,
+    True,
+  ]
   assert strict.status is Status.REJECTED and strict.runs[7].status is Status.REJECTED
 
 
 def test_rejections_name_their_reason_and_run_nothing():
   verdict = _trial(Job('validate', 'import os\n' + _F, ('1',))).verdict
-  assert (verdict.status, verdict.error, verdict.program, len(verdict.runs)) == (Status.REJECTED, 'import os', '', 1)
+  assert (verdict.status, verdict.error, verdict.program, len(verdict.runs)) == (
+    Status.REJECTED,
+    'import os',
+    '',
+    1,
+  )
   verdict = _trial(Job('run', _F, ('1) or (True',))).verdict
   assert verdict.runs[0].status is Status.REJECTED and verdict.runs[0].input == ''
 
 
 def test_a_call_of_f_as_input_is_replaced_by_its_value():
-  verdict, units = _drive(_trial(Job('validate', _F, ('f([2])', '3'))), [_value([2])], [_value([2], [2]), _value(3, 3)], [_value([2]), _value(3)])
+  verdict, units = _drive(
+    _trial(Job('validate', _F, ('f([2])', '3'))),
+    [_value([2])],
+    [_value([2], [2]), _value(3, 3)],
+    [_value([2]), _value(3)],
+  )
   assert [u.group for u in units] == ['nested', 'a', 'b'] and units[0].inputs == ('[2]',)
   assert [r.input for r in verdict.runs] == ['[2]', '3']
   assert _trial(Job('run', _F, ('f(1)',))).verdict.status is Status.REJECTED
@@ -142,7 +252,10 @@ def test_a_call_of_f_as_input_is_replaced_by_its_value():
 
 def test_outcomes_are_remembered_but_not_those_of_a_shorter_limit():
   cache, rules = verify.Cache(10), verify.Rules()
-  _drive(verify.Trial(Job('run', _F, ('1', '2')), rules, cache), ([_value(1)], Status.TIMEOUT), )
+  _drive(
+    verify.Trial(Job('run', _F, ('1', '2')), rules, cache),
+    ([_value(1)], Status.TIMEOUT),
+  )
   assert verify.Trial(Job('run', _F, ('1', '2'), ('1', '2')), rules, cache).verdict.runs[0].matches
   assert cache.hits == 2
   assert verify.Trial(Job('run', _F, ('2',), timeout_s=9.0), rules, cache).verdict is None
@@ -157,11 +270,14 @@ def test_a_validated_gold_is_remembered():
 def test_the_key_ignores_comments_and_input_spelling():
   def key(program, inputs):
     return _drive(_trial(Job('validate', program, inputs)), [_value(1, 1)], [_value(1)])[0].key
+
   assert key(_F, ('1',)) == key('def f(x):\n\n  # same\n  return x', (' 1 ',)) != key(_F, ('2',))
 
 
 def test_a_forbidden_call_is_unsafe_unless_the_exception_is_the_answer():
   refused = [[['x', 'PermissionError']]]
   assert _drive(_trial(Job('run', _F, ('1',))), refused)[0].status is Status.UNSAFE
-  verdict, _ = _drive(_trial(Job('run', _F, ('1',), ('PermissionError',), expect_error=True)), refused)
+  verdict, _ = _drive(
+    _trial(Job('run', _F, ('1',), ('PermissionError',), expect_error=True)), refused
+  )
   assert verdict.status is Status.OK and verdict.runs[0].matches

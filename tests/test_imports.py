@@ -8,18 +8,19 @@ import sys
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / 'absolute_zero_jax'
 _TOKENIZER = {'tokenizer', 'tokenizer_files', 'tokenizer_gguf', 'tokenizer_spec', 'tokenizer_spm'}
-_HOST = {'tasks', 'rewards', 'buffer', 'records', 'scoring'} | _TOKENIZER
+_HOST = {'tasks', 'rewards', 'buffer', 'records', 'intrinsic'} | _TOKENIZER
 ALLOWED = {                              # room -> rooms it may import
     'types': set(), 'config': set(),
     'executor': {'types'},
-    'tasks': {'types'}, 'rewards': {'types', 'tasks'}, 'buffer': {'types', 'tasks'},
-    'scoring': {'buffer', 'rewards'}, 'records': {'types'},
+    'intrinsic': set(), 'rewards': {'intrinsic'}, 'tasks': {'types', 'rewards', 'intrinsic'},
+    'buffer': {'types', 'tasks', 'intrinsic'}, 'records': {'types'},
     'tokenizer': _TOKENIZER, 'tokenizer_files': {'tokenizer_spec', 'tokenizer_spm'},
     'tokenizer_gguf': {'tokenizer_spec', 'tokenizer_spm'}, 'tokenizer_spm': {'tokenizer_spec'},
     'tokenizer_spec': set(),
     'sharding': set(), 'models': {'sharding'}, 'sampling': set(), 'schedule': set(),
     'decoding': {'models', 'sharding', 'sampling'},
-    'sampler': {'models', 'sharding', 'sampling', 'schedule', 'decoding'},
+    'batching': {'models', 'sharding', 'sampling', 'schedule', 'decoding'},
+    'sampler': {'models', 'sharding', 'sampling', 'schedule', 'decoding', 'batching'},
     'logprobs': set(), 'advantages': set(), 'reinforce': {'advantages'}, 'optimizer': set(),
     'packing': {'advantages'}, 'learner_metrics': {'packing', 'reinforce', 'advantages'},
     'lora': {'models', 'sharding'},
@@ -64,7 +65,7 @@ def test_the_rooms_keep_their_doors():
 
 def test_every_file_belongs_to_a_known_room():
   rooms = {p.stem for p in PACKAGE.iterdir() if p.suffix == '.py' or (p / '__init__.py').exists()}
-  assert rooms - {'__init__', 'train', 'main'} <= set(ALLOWED)
+  assert rooms - {'__init__', 'run', 'train', 'main'} <= set(ALLOWED)
 
 
 def test_a_planted_violation_is_found(tmp_path):

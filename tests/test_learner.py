@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -16,6 +17,16 @@ CONFIG = ModelConfig('llama', vocab=96, embed=16, layers=2, heads=4, kv_heads=2,
 # Keeps the gradient it is given, so that tests can read it out of the state.
 RECORD = optax.trace(decay=0.0)
 ALL = 10**6
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compiles():
+  """Tests compile far more than they run: half the time without XLA's later optimisations."""
+  kept = learner._compiler_options
+  learner._compiler_options = lambda platform: {
+      'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+  yield
+  learner._compiler_options = kept
 
 
 @pytest.fixture(scope='module')
@@ -57,9 +68,18 @@ def _update(params, rows, *, mesh=None, tx=RECORD, algorithm='trr_plus_plus', fi
 
 
 def _apart(a, b):
-  """Largest difference of two gradients, relative to the largest entry of each array."""
+  """Norm of the difference of two gradients, relative to the gradient's; the worst array."""
   pairs = zip(jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b)))
-  return max(float(np.abs(x - y).max() / np.abs(x).max()) for x, y in pairs)
+  return max(float(np.linalg.norm(x - y) / np.linalg.norm(x)) for x, y in pairs)
+
+
+def _plain_logprobs(params, rows):
+  """Per row: log-probs [n, V] of its response positions, from logits of padded rows."""
+  ids = [[*r.prompt_ids, *r.response_ids] for r in rows]
+  T = max(map(len, ids))
+  tokens_BT = jnp.array([x + [0] * (T - len(x)) for x in ids])
+  logp_BTV = jax.nn.log_softmax(decoder.logits(CONFIG, params, tokens_BT))
+  return [logp_BTV[i, len(r.prompt_ids) - 1:len(ids[i]) - 1] for i, r in enumerate(rows)]
 
 
 @pytest.fixture(scope='module')
@@ -70,37 +90,37 @@ def whole(params):
   return state.opt_state.trace, metrics
 
 
-def test_the_gradient_is_that_of_a_plain_loss_over_the_rows(params, whole):
-  """One row at a time, all logits, autodiff: only the definition is shared."""
-  rows = _rows()
+def test_the_gradient_is_that_of_a_plain_loss_over_the_rows(params):
+  """All logits, autodiff, no packing: only the definition is shared."""
+  rows = _rows(6, 5, 20)
   score = np.array([r.reward for r in rows])
   length = np.array([len(r.response_ids) for r in rows])
   group = np.array([f'{r.role}{r.kind}' for r in rows])
 
+  @jax.jit
   def loss_of(params):
-    total = 0.0
+    total, logps = 0.0, _plain_logprobs(params, rows)
     for name in set(group):
       member = np.flatnonzero(group == name)
       value = np.repeat(score[member], length[member])
       mean, deviation = value.mean(), np.sqrt(value.var(ddof=1) + 1e-8)
       for i in member:
-        ids = jnp.array([[*rows[i].prompt_ids, *rows[i].response_ids]])
-        logp_TV = jax.nn.log_softmax(decoder.logits(CONFIG, params, ids)[0])
-        at = jnp.arange(len(rows[i].prompt_ids), ids.shape[1])
-        token = -(score[i] - mean) / deviation * logp_TV[at - 1, ids[0, at]]
-        entropy = -jnp.sum(jnp.exp(logp_TV) * logp_TV, axis=-1)[at - 1]
-        total += jnp.sum(token - 0.01 * entropy) / length[member].sum() / len(set(group))
+        logp_TV = logps[i]
+        own_T = logp_TV[np.arange(length[i]), np.array(rows[i].response_ids)]
+        entropy_T = -jnp.sum(jnp.exp(logp_TV) * logp_TV, axis=-1)
+        token_T = -(score[i] - mean) / deviation * own_T - 0.01 * entropy_T
+        total += jnp.sum(token_T) / length[member].sum() / len(set(group))
     return total
 
-  with jax.disable_jit(False):
-    want = jax.grad(loss_of)(params)
-  assert _apart(want, whole[0]) < 3e-5
+  state, metrics, _ = _update(params, rows)
+  assert _apart(jax.grad(loss_of)(params), state.opt_state.trace) < 1e-5
+  # The ratio is 1: the surrogate's value is -A per token, not -A log p.
+  assert metrics['grad_norm'] > 0.1
 
 
 @pytest.mark.parametrize('options', [
     dict(micro_batch_tokens=256), dict(micro_batch_tokens=256, pack=True),
-    dict(pack=True, length_buckets=(200,)), dict(chunk=7, remat='none')],
-    ids=['micro', 'packed micro', 'packed', 'small chunks'])
+    dict(chunk=7, remat='none')], ids=['micro', 'packed', 'small chunks'])
 def test_the_layout_changes_nothing(params, whole, options):
   state, metrics, _ = _update(params, _rows(), **options)
   assert _apart(whole[0], state.opt_state.trace) < 1e-6
@@ -109,7 +129,7 @@ def test_the_layout_changes_nothing(params, whole, options):
 
 
 @pytest.mark.parametrize('axes, options', [
-    ((2, 2, 2), {}), ((8, 1, 1), dict(micro_batch_tokens=512)),
+    ((2, 2, 2), {}),
     ((1, 4, 2), dict(micro_batch_tokens=512, pack=True))])
 def test_eight_devices_equal_one(params, whole, axes, options):
   mesh = sharding.make_mesh(*axes)
@@ -124,7 +144,7 @@ def test_optimizer_state_and_results_stay_sharded_like_the_parameters(params):
   tx = learner.make_optimizer(1e-3)
   state, _, trainer = _update(params, _rows(), mesh=mesh, tx=tx)
   want = jax.tree.map(lambda x: x.sharding, state.params)
-  assert want['layers']['gate'].spec == (None, 'fsdp', 'tensor')
+  assert want['layers']['gate'].spec == P(None, 'fsdp', 'tensor')
   for moments in (state.opt_state[0].mu, state.opt_state[0].nu):
     assert jax.tree.map(lambda x: x.sharding, moments) == want
   text = trainer._compiled['gradient'].lower(
@@ -158,16 +178,15 @@ def test_old_logprobs_of_the_sampler_enter_the_ratio(params):
 
 def test_logprobs_are_those_of_the_model_for_every_row(params):
   rows = _rows(5)
+  want = _plain_logprobs(params, rows)
   trainer = learner.of_decoder(CONFIG, RECORD, reinforce.get('trr_plus_plus'))
   for pack in (False, True):
-    layout = packing.plan(rows, micro_batch_tokens=128, pack=pack)
+    layout = packing.plan(rows, micro_batch_tokens=512, pack=pack)
     batches = packing.fill(layout, rows)
     own = packing.take_rows(layout, rows, batches, trainer.logprobs(params, batches))
-    for row, got in zip(rows, own):
-      ids = jnp.array([[*row.prompt_ids, *row.response_ids]])
-      logp_TV = jax.nn.log_softmax(decoder.logits(CONFIG, params, ids)[0])
-      at = np.arange(len(row.prompt_ids), ids.shape[1])
-      np.testing.assert_allclose(got, logp_TV[at - 1, ids[0, at]], rtol=1e-4, atol=1e-5)
+    for row, got, logp_TV in zip(rows, own, want):
+      np.testing.assert_allclose(got, logp_TV[np.arange(len(got)), np.array(row.response_ids)],
+                                 rtol=1e-4, atol=1e-5)
 
 
 def test_kl_to_a_reference_is_zero_at_the_reference_and_pulls_back_elsewhere(params):
@@ -209,7 +228,8 @@ def test_adamw_clipping_and_schedule_equal_torch_over_steps(params):
   rows, leaf = _rows(4), ('layers', 'gate')
   schedule = dict(schedule='cosine', warmup_steps=2, steps=6)
   tx = optax.chain(RECORD, learner.make_optimizer(1e-2, weight_decay=0.1, **schedule))
-  trainer = learner.of_decoder(CONFIG, tx, reinforce.get('trr_plus_plus'), max_grad_norm=0.05)
+  trainer = learner.of_decoder(CONFIG, tx, reinforce.get('reinforce_plus_plus'),
+                               max_grad_norm=0.05)
   state = trainer.init(jax.tree.map(jnp.copy, params))
   weight = torch.nn.Parameter(torch.tensor(np.array(params[leaf[0]][leaf[1]])))
   other = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.1)
@@ -247,12 +267,13 @@ def test_the_state_is_donated_and_shapes_compile_once(params):
   state = trainer.init(jax.tree.map(jnp.copy, params))
   fresh = lambda seed: _rows(8, seed, 20, prompt_ids=[1] * 40)  # noqa: E731
   first = state.params['embed']
-  state, _ = trainer.update(state, trainer.prepare(fresh(0), state.params))
-  assert first.is_deleted()
-  warm = trainer.compilations()
-  for seed in range(1, 4):
-    state, _ = trainer.update(state, trainer.prepare(fresh(seed), state.params))
-  assert trainer.compilations() == warm <= 3     # one shape; gradient, add, apply
+  shapes = set()
+  for seed in range(4):
+    work = trainer.prepare(fresh(seed), state.params)
+    shapes |= {(b.tokens_BT.shape, b.index_CM.shape) for b in work.parts[0]}
+    state, _ = trainer.update(state, work)
+    assert trainer.compilations() == len(shapes) + 2     # one gradient each; add, apply
+  assert first.is_deleted() and len(shapes) <= 2
 
 
 def test_rows_without_advantage_may_be_left_out(params):
@@ -312,6 +333,26 @@ def test_bfloat16_moments_follow_float32_ones():
   means = [float(s[0].nu['w'].astype(jnp.float32).mean()) for s in states]
   # Rounded to nearest, the second moment stops where 0.1 % is less than half a bfloat16 step.
   np.testing.assert_allclose(means[1], means[0], rtol=0.01)
+
+
+def test_bfloat16_weights_move_by_less_than_their_resolution(params):
+  rows = _rows(4)
+  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  trainer = learner.of_decoder(CONFIG, learner.make_optimizer(1e-4), reinforce.get('rloo'))
+  state = trainer.init(jax.tree.map(jnp.copy, narrow))
+  for _ in range(2):
+    state, metrics = trainer.update(state, trainer.prepare(rows, state.params))
+    if metrics['skipped_updates'] == 0 and int(state.step) == 1:
+      warm = trainer.compilations()
+  assert trainer.compilations() == warm
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype('bfloat16')}
+  assert {x.dtype for x in jax.tree.leaves(state.opt_state[0].nu)} == {jnp.dtype('float32')}
+  wide = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in zip(
+      jax.tree.leaves(state.params['layers']), jax.tree.leaves(narrow['layers']))]
+  moved = np.concatenate([np.asarray(a - b).ravel() for a, b in wide])
+  # A step of 1e-4 is below half a bfloat16 step of weights above 0.05: to nearest, none would move.
+  large = np.concatenate([np.abs(np.asarray(b)).ravel() for _, b in wide]) > 0.1
+  assert 0.01 < np.mean(moved[large] != 0) < 0.5
 
 
 def test_stochastic_rounding_keeps_the_mean_and_what_is_exact():

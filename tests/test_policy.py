@@ -5,42 +5,83 @@ import ast
 import json
 
 import hypothesis
-import pytest
 from hypothesis import strategies as st
+import pytest
 
 from absolute_zero_jax.executor import policy
 
 _F = 'def f(x):\n  return x\n'
 
 
-@pytest.mark.parametrize('source', [
-    _F, 'import math\n' + _F, 'from collections import Counter, deque\n' + _F, 'from typing import *\n' + _F,
-    'import collections.abc as c\n' + _F, 'def g(x): return x\n' + _F, 'class P:\n  def __init__(self): self.a = 1\n' + _F,
-    'def f(input):\n  return input', 'N = 3\n' + _F, _F + 'print(f(1))', 'def f(x):\n  return type(x).__name__',
-    'def f(x):\n  import re\n  return re.sub("a", "b", x)', 'def f(x):\n  # open eval os\n  return "import os"',
-    'from __future__ import annotations\n' + _F, 'if __name__ == "__main__":\n  pass\n' + _F, 'def f(x):\n  yield x',
-    'def f(x):\n  return super', 'import dataclasses\n@dataclasses.dataclass\nclass P:\n  x: int\n' + _F])
+@pytest.mark.parametrize(
+  'source',
+  [
+    _F,
+    'import math\n' + _F,
+    'from collections import Counter, deque\n' + _F,
+    'from typing import *\n' + _F,
+    'import collections.abc as c\n' + _F,
+    'def g(x): return x\n' + _F,
+    'class P:\n  def __init__(self): self.a = 1\n' + _F,
+    'def f(input):\n  return input',
+    'N = 3\n' + _F,
+    _F + 'print(f(1))',
+    'def f(x):\n  return type(x).__name__',
+    'def f(x):\n  import re\n  return re.sub("a", "b", x)',
+    'def f(x):\n  # open eval os\n  return "import os"',
+    'from __future__ import annotations\n' + _F,
+    'if __name__ == "__main__":\n  pass\n' + _F,
+    'def f(x):\n  yield x',
+    'def f(x):\n  return super',
+    'import dataclasses\n@dataclasses.dataclass\nclass P:\n  x: int\n' + _F,
+  ],
+)
 def test_ordinary_programs_pass(source):
   assert policy.gate(source).source.strip() == source.strip()
 
 
-@pytest.mark.parametrize('source, reason', [
-    ('import os\n' + _F, 'import os'), ('import os.path\n' + _F, 'import os.path'), ('import os as math\n' + _F, 'import os'),
-    ('from os import path\n' + _F, 'import os'), ('def f(x):\n  import sys\n  return 1', 'import sys'),
-    ('import random, math\n' + _F, 'import random'), ('import datetime\n' + _F, 'import datetime'),
-    ('import importlib\n' + _F, 'import importlib'), ('from . import x\n' + _F, 'relative import'), ('import numpy as np\n' + _F, 'import numpy'),
+@pytest.mark.parametrize(
+  'source, reason',
+  [
+    ('import os\n' + _F, 'import os'),
+    ('import os.path\n' + _F, 'import os.path'),
+    ('import os as math\n' + _F, 'import os'),
+    ('from os import path\n' + _F, 'import os'),
+    ('def f(x):\n  import sys\n  return 1', 'import sys'),
+    ('import random, math\n' + _F, 'import random'),
+    ('import datetime\n' + _F, 'import datetime'),
+    ('import importlib\n' + _F, 'import importlib'),
+    ('from . import x\n' + _F, 'relative import'),
+    ('import numpy as np\n' + _F, 'import numpy'),
     ('import collections\ndef f(x):\n  return collections._sys', 'import collections._sys'),
     ('import statistics as s\ndef f(x):\n  return s.random.random()', 'import s.random'),
-    ('from statistics import random\n' + _F, 'import statistics.random'), ('from collections import _sys\n' + _F, 'import collections._sys'),
-    ('def f(x):\n  return __import__("os")', 'name __import__'), ('def f(x):\n  return eval("1")', 'name eval'),
-    ('def f(x):\n  return open("x")', 'name open'), ('g = exec\n' + _F, 'name exec'), ('def f(x):\n  return __builtins__', 'name __builtins__'),
-    ('def f(x):\n  return ().__class__.__base__', 'attribute __base__'), ('def f(x):\n  return f.__globals__', 'attribute __globals__'),
-    ('def f(x):\n  return getattr(x, "__subclasses__")', 'text __subclasses__'), ('def f(x):\n  return x.gi_frame', 'attribute gi_frame'),
-    ('def f(x):\n  return "{0.__globals__}".format(f)', 'text __globals__'), ('async def f(x):\n  return 1', 'f is async'),
-    ('class f:\n  pass', 'f is a class'), ('f = eval', 'no f'), ('def g(x): return x', 'no f'), ('def g():\n  def f(x): return x', 'no f'),
-    ('def f(x)\n  return 1', 'syntax'), ('def f(x):\n  return 1\0', 'NUL'), ('def f(x):\n  return ' + '(' * 500 + ')' * 500, 'nested'),
-    (_F + '#' * 40_000, 'too long'), ('def f(x):\n  return "\ud800"', 'syntax'), (_F + 'def f(x', 'syntax'), ('', 'no f')],
-    ids=lambda text: text[:30])
+    ('from statistics import random\n' + _F, 'import statistics.random'),
+    ('from collections import _sys\n' + _F, 'import collections._sys'),
+    ('def f(x):\n  return __import__("os")', 'name __import__'),
+    ('def f(x):\n  return eval("1")', 'name eval'),
+    ('def f(x):\n  return open("x")', 'name open'),
+    ('g = exec\n' + _F, 'name exec'),
+    ('def f(x):\n  return __builtins__', 'name __builtins__'),
+    ('def f(x):\n  return ().__class__.__base__', 'attribute __base__'),
+    ('def f(x):\n  return f.__globals__', 'attribute __globals__'),
+    ('def f(x):\n  return getattr(x, "__subclasses__")', 'text __subclasses__'),
+    ('def f(x):\n  return x.gi_frame', 'attribute gi_frame'),
+    ('def f(x):\n  return "{0.__globals__}".format(f)', 'text __globals__'),
+    ('async def f(x):\n  return 1', 'f is async'),
+    ('class f:\n  pass', 'f is a class'),
+    ('f = eval', 'no f'),
+    ('def g(x): return x', 'no f'),
+    ('def g():\n  def f(x): return x', 'no f'),
+    ('def f(x)\n  return 1', 'syntax'),
+    ('def f(x):\n  return 1\0', 'NUL'),
+    ('def f(x):\n  return ' + '(' * 500 + ')' * 500, 'nested'),
+    (_F + '#' * 40_000, 'too long'),
+    ('def f(x):\n  return "\ud800"', 'syntax'),
+    (_F + 'def f(x', 'syntax'),
+    ('', 'no f'),
+  ],
+  ids=lambda text: text[:30],
+)
 def test_the_reason_of_a_refusal_is_named(source, reason):
   with pytest.raises(policy.PolicyError, match=reason.replace('.', r'\.')):
     policy.gate(source)
@@ -65,10 +106,51 @@ def test_comments_and_layout_stay_in_the_text_and_leave_the_digest():
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
-@hypothesis.given(st.text(max_size=200) | st.lists(st.sampled_from(
-    ['def f(x):', '\n', '  ', 'return ', 'x', '(', ')', '[', 'lambda: ', 'not ', '-', '**', 'f"{', '}"', 'import ', 'os', 'class ', ':',
-     'match x:', 'case ', '*', ',', '=', ' if ', ' else ', 'async ', 'await ', '@', 'yield ', '\\', '\t', "'''", '0x', '1e', 'try:']),
-    max_size=40).map(''.join))
+@hypothesis.given(
+  st.text(max_size=200)
+  | st.lists(
+    st.sampled_from(
+      [
+        'def f(x):',
+        '\n',
+        '  ',
+        'return ',
+        'x',
+        '(',
+        ')',
+        '[',
+        'lambda: ',
+        'not ',
+        '-',
+        '**',
+        'f"{',
+        '}"',
+        'import ',
+        'os',
+        'class ',
+        ':',
+        'match x:',
+        'case ',
+        '*',
+        ',',
+        '=',
+        ' if ',
+        ' else ',
+        'async ',
+        'await ',
+        '@',
+        'yield ',
+        '\\',
+        '\t',
+        "'''",
+        '0x',
+        '1e',
+        'try:',
+      ]
+    ),
+    max_size=40,
+  ).map(''.join)
+)
 def test_any_text_passes_or_is_refused_and_tidying_changes_no_token(text):
   try:
     gated = policy.gate('def f(x):\n  return 1\n' + text, digest=True)
@@ -78,11 +160,28 @@ def test_any_text_passes_or_is_refused_and_tidying_changes_no_token(text):
   assert ast.dump(ast.parse(gated.source)) == ast.dump(ast.parse('def f(x):\n  return 1\n' + text))
 
 
-@pytest.mark.parametrize('text', [
-    'x+' * 15_000 + 'x', 'x if x else ' * 2000 + 'x', 'lambda: ' * 4000 + 'x', 'not ' * 8000 + 'x', '-' * 30_000 + 'x',
-    'x.a' + '.a' * 15_000, 'x' + '[0]' * 10_000, 'x' + '()' * 15_000, 'x**' * 10_000 + 'x', 'x<' * 15_000 + 'x', "f'{" * 3000,
-    '{' * 99 + '}' * 99, '"' + '\\N{BULLET}' * 3000 + '"', '0x' + 'f' * 32_000, '9' * 32_000, 'await ' * 5000 + 'x'],
-    ids=lambda text: text[:12])
+@pytest.mark.parametrize(
+  'text',
+  [
+    'x+' * 15_000 + 'x',
+    'x if x else ' * 2000 + 'x',
+    'lambda: ' * 4000 + 'x',
+    'not ' * 8000 + 'x',
+    '-' * 30_000 + 'x',
+    'x.a' + '.a' * 15_000,
+    'x' + '[0]' * 10_000,
+    'x' + '()' * 15_000,
+    'x**' * 10_000 + 'x',
+    'x<' * 15_000 + 'x',
+    "f'{" * 3000,
+    '{' * 99 + '}' * 99,
+    '"' + '\\N{BULLET}' * 3000 + '"',
+    '0x' + 'f' * 32_000,
+    '9' * 32_000,
+    'await ' * 5000 + 'x',
+  ],
+  ids=lambda text: text[:12],
+)
 def test_expensive_syntax_is_answered_and_does_not_crash_the_parser(text):
   try:
     policy.gate('def f(x):\n  return ' + text, digest=True)
@@ -91,9 +190,14 @@ def test_expensive_syntax_is_answered_and_does_not_crash_the_parser(text):
 
 
 def test_real_programs_pass_but_for_named_reasons(shared_data):
-  programs = {json.loads(line)['snippet'] for path in (shared_data / 'azr_seeds').glob('*.jsonl')
-              for line in path.open()}
-  programs |= {json.loads(line)['code'] for line in (shared_data / 'cruxeval' / 'cruxeval_even.jsonl').open()}
+  programs = {
+    json.loads(line)['snippet']
+    for path in (shared_data / 'azr_seeds').glob('*.jsonl')
+    for line in path.open()
+  }
+  programs |= {
+    json.loads(line)['code'] for line in (shared_data / 'cruxeval' / 'cruxeval_even.jsonl').open()
+  }
   refused = {}
   for program in programs:
     try:
@@ -101,5 +205,12 @@ def test_real_programs_pass_but_for_named_reasons(shared_data):
     except policy.PolicyError as e:
       refused.setdefault(str(e), []).append(program)
   counts = {reason: len(found) for reason, found in refused.items()}
-  assert counts == {'import numpy': 4, 'import os': 3, 'import sympy': 2, 'import secrets': 1, 'import timeit': 1,
-                    'import cv2': 1, 'name open': 1}
+  assert counts == {
+    'import numpy': 4,
+    'import os': 3,
+    'import sympy': 2,
+    'import secrets': 1,
+    'import timeit': 1,
+    'import cv2': 1,
+    'name open': 1,
+  }

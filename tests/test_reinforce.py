@@ -273,7 +273,7 @@ def test_kl_in_the_reward_is_a_clamped_constant():
   assert reinforce.get('grpo', kl_coef=0.5).penalty(1, 2) == 0.0
 
 
-def test_importance_weights_truncate_or_mask_and_carry_no_gradient():
+def test_importance_weights_truncate_or_mask_the_policy_gradient():
   gap = jnp.log(jnp.array([0.1, 0.5, 1.0, 1.9, 5.0]))
   truncated = reinforce.importance_weights(gap, 'truncate', 2.0)
   masked = reinforce.importance_weights(gap, 'mask', 2.1)

@@ -4,7 +4,8 @@
   with Executor() as executor:
     verdict = executor.submit(Job('validate', program, inputs)).result()
 
-  client      the trainer's side: futures, backpressure, restarts
+  client      the trainer's side: options, `submit`, `run`; `link` talks to the supervisor: futures,
+              backpressure, restarts
   supervisor  a program of its own: queue, deadlines, cache; drives `workers`
   verify      the rules: job -> units of work -> verdict; golds, equality, determinism
   zygote      warm process that forks one child per program; `child` runs it behind the `fence`
@@ -18,17 +19,19 @@ the service import only what they need).
 import importlib
 from typing import Any
 
-_LAZY = {'Executor': 'client', 'ExecutorError': 'client', 'Isolation': 'client',
-         'IsolationError': 'client', 'QueueFull': 'client', 'SandboxFusion': 'sandboxfusion'}
-# An entry is a class, or any callable, that takes the config's options; add your own here or name it as
-# 'module:name'. What it returns has `submit`, `run`, `stats` and `close`.
+_LAZY = {'Executor': 'client', 'ExecutorError': 'link', 'Isolation': 'link',
+         'IsolationError': 'link', 'QueueFull': 'link', 'SandboxFusion': 'sandboxfusion'}
+# An entry is a class, or any callable, that takes the config's options; add your own here or name
+# it as 'module:name'. What it returns has `submit`, `run`, `stats` and `close`.
 EXECUTORS: dict[str, str] = {
     'local': 'absolute_zero_jax.executor.client:Executor',
     'sandboxfusion': 'absolute_zero_jax.executor.sandboxfusion:SandboxFusion'}
 
 
 def start(name: str = 'local', **options: Any) -> Any:
-  """The executor of that name, started with `options`; `name` is a key of `EXECUTORS` or 'module:name'.
+  """The executor of that name, started with `options`.
+
+  `name` is a key of `EXECUTORS` or 'module:name'.
 
   Raises:
     ValueError: no such executor, or an option out of range.

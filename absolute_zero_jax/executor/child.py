@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a disposable child does: read one job from descriptor 3, run it, write one frame per input, stop.
+"""What a disposable child does: reads one job from descriptor 3, runs it, writes a frame per input.
 
-  job     4-byte length, JSON {program, inputs: [text], repeat, expect_error} made by the trusted side
+  job     4-byte length, JSON {program, inputs: [text], repeat, expect_error} from the trusted side
   frame   4-byte length, JSON list with one outcome per repetition of one input:
-          ['v', tagged]   returned this value                    ['u', reason]  returned no plain value
-          ['x', name]     raised an exception of this class      ['r']          returned (value not asked for)
+          ['v', tagged]   returned this value
+          ['u', reason]   returned no plain value
+          ['x', name]     raised an exception of this class
+          ['r']           returned; the value was not asked for
           A frame [['m', name]] ends the stream: the program could not be loaded.
 
 Everything here happens in the attacker's process: frames can say anything about this program, and
@@ -71,7 +73,8 @@ def _read(length: int, _os_read=os.read) -> bytes:
 
 
 def _send(outcomes: list, _write=os.write, _dumps=json.dumps, _pack=struct.pack) -> None:
-  data = _dumps(outcomes, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'surrogatepass')
+  text = _dumps(outcomes, ensure_ascii=False, separators=(',', ':'))
+  data = text.encode('utf-8', 'surrogatepass')
   if len(data) > values.MAX_FRAME_BYTES:
     data = b'[["u","too big"]]'
   view = memoryview(_pack('<I', len(data)) + data)
@@ -80,7 +83,7 @@ def _send(outcomes: list, _write=os.write, _dumps=json.dumps, _pack=struct.pack)
 
 
 def run(program: str, inputs: list[str], repeat: int, expect_error: bool, send) -> None:
-  """Runs `f` of `program` on each input `repeat` times; `send` gets one list of outcomes per input."""
+  """Runs `f` on each input `repeat` times; `send` gets one list of outcomes per input."""
   namespace = {'__name__': 'task', '__builtins__': __builtins__}
   try:
     exec(compile(program, '<task>', 'exec', dont_inherit=True), namespace)

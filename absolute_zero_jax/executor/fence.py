@@ -4,13 +4,14 @@
 Two levels, because what is inherited costs nothing per program:
 
   enclose()   once, in the zygote: namespaces (when allowed), unprivileged user, resource limits,
-              no_new_privs, Landlock without any rule, and a system call filter that allows memory, clocks,
-              signals to oneself, read/write on open descriptors, and what a forker needs.
-  tighten()   in each child: CPU and process limits, and a second filter that takes the forker's calls away.
+              no_new_privs, Landlock without any rule, and a system call filter that allows memory,
+              clocks, read/write on open descriptors, and what a forker needs.
+  tighten()   in each child: CPU and process limits, and a second filter that takes the forker's
+              calls away.
 
-Only `prctl` and a few calls through ctypes are used: no library, no root. Each layer reports 'on' or
-why it is not, `level` sums them up. The system call filter is the layer that counts: it has held every hostile
-program we have, alone with the limits. The others are defence in depth.
+Only `prctl` and a few calls through ctypes are used: no library, no root. Each layer reports 'on'
+or why it is not, and `level` sums them up. The system call filter is the layer that counts: with
+the limits alone it has held every hostile program we have. The others are defence in depth.
 
 Not covered: faults of the kernel itself, and micro-architectural side channels.
 """
@@ -37,16 +38,18 @@ _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
 _BASE = '''read write close fstat lseek munmap brk rt_sigaction rt_sigprocmask rt_sigreturn mremap
   madvise getpid getppid gettid getuid geteuid getgid getegid exit exit_group futex clock_gettime
   clock_getres gettimeofday time nanosleep clock_nanosleep sched_yield getrandom sigaltstack
-  restart_syscall set_robust_list rseq getrusage times sched_getaffinity sysinfo uname getrlimit'''.split()
+  restart_syscall set_robust_list rseq getrusage times sched_getaffinity sysinfo uname
+  getrlimit'''.split()
 # What the zygote needs and a program must not have.
 _FORKER = '''recvmsg sendmsg recvfrom sendto fork wait4 kill dup dup2 dup3 prlimit64 setrlimit
   prctl seccomp close_range clone'''.split()
-# Nobody calls these by accident: the process is killed with SIGSYS, which counts as a security event.
+# Nobody calls these by accident: SIGSYS ends the process, which counts as a security event.
 _FATAL = '''ptrace process_vm_readv process_vm_writev mount umount2 pivot_root chroot kexec_load
-  kexec_file_load init_module finit_module delete_module bpf perf_event_open keyctl add_key request_key
-  userfaultfd io_uring_setup io_uring_enter io_uring_register unshare setns reboot swapon swapoff
-  open_by_handle_at'''.split()
-_PLAIN_FORK = 0x012000FF       # CHILD_CLEARTID | CHILD_SETTID | exit signal: no thread, no namespace
+  kexec_file_load init_module finit_module delete_module bpf perf_event_open keyctl add_key
+  request_key userfaultfd io_uring_setup io_uring_enter io_uring_register unshare setns
+  reboot swapon swapoff open_by_handle_at'''.split()
+# CHILD_CLEARTID | CHILD_SETTID | exit signal: no thread, no namespace.
+_PLAIN_FORK = 0x012000FF
 _PROT_EXEC = 4
 _F_GETFD, _F_GETFL = 1, 3
 
@@ -163,7 +166,7 @@ def _attempt(call, *args) -> str:
     call(*args)
     return 'on'
   except OSError as e:
-    return errno.errorcode.get(e.errno, str(e.errno)) if e.errno else str(e)
+    return errno.errorcode.get(e.errno) or e.strerror or str(e)
 
 
 def enter_namespaces() -> str:
@@ -203,7 +206,7 @@ def enclose(*, memory_mb: int, layers: frozenset[str]) -> dict[str, str]:
 
 
 def tighten(*, cpu_s: int, seccomp: bool) -> None:
-  """The child's own level: CPU and process limits, and no more forking, signalling or limit changes.
+  """The child's own level: CPU and process limits; no more forks, signals or limit changes.
 
   Raises:
     OSError: the kernel refused; the child must then not run anything.

@@ -5,10 +5,10 @@
   parse_inputs(text) -> Inputs         an argument list: literals, keywords, constant expressions
 
 Text is capped in length and nesting before Python's parser sees it. Constant expressions
-(`dict(a=1)`, `'x'.upper()`, `[0 for _ in range(9)]`, `2**31 - 1`) are folded by a small interpreter of
-syntax nodes with a bound on every result, never by `eval`; they are accepted in inputs, where the
-text only chooses a value. Answers must be values already: `len('abc')` would let a solver hand its
-work to the checker.
+(`dict(a=1)`, `'x'.upper()`, `[0 for _ in range(9)]`, `2**31 - 1`) are folded by a small interpreter
+of syntax nodes with a bound on every result, never by `eval`; they are accepted in inputs, where
+the text only chooses a value. Answers must be values already: `len('abc')` would let a solver hand
+its work to the checker.
 """
 
 import ast
@@ -50,9 +50,9 @@ class Inputs:
 def parse_value(text: str, *, fold: bool = False) -> Any:
   """The plain value that an answer's text spells.
 
-  Accepted: literals, signs and `a+bj`; `nan`, `inf`; `set()`, `frozenset(..)`, `dict(..)`, `list(..)`,
-  `tuple(..)`, `range(..)`, `float('..')`, `complex(..)`, `bytes(..)` of such values. With `fold`, constant expressions
-  as in `parse_inputs`.
+  Accepted: literals, signs and `a+bj`; `nan`, `inf`; `set()`, `frozenset(..)`, `dict(..)`,
+  `list(..)`, `tuple(..)`, `range(..)`, `float('..')`, `complex(..)`, `bytes(..)` of such values.
+  With `fold`, constant expressions as in `parse_inputs`.
 
   Raises:
     LiteralError: anything else, text over `MAX_CHARS` or nested over `MAX_NESTING`.
@@ -193,9 +193,9 @@ _BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: _mul, ast.Pow
            ast.BitAnd: operator.and_, ast.BitXor: operator.xor}
 _UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Invert: operator.invert,
           ast.Not: operator.not_}
-_COMPARISONS = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
-                ast.Gt: operator.gt, ast.GtE: operator.ge, ast.In: lambda a, b: a in b,
-                ast.NotIn: lambda a, b: a not in b}
+_COMPARISONS = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt,
+                ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+                ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b}
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 # Constructors of values that have no literal of their own; allowed in answers too.
 _CONSTRUCTORS = {'set': set, 'frozenset': frozenset, 'dict': dict, 'list': list, 'tuple': tuple,
@@ -206,9 +206,9 @@ _CALLS = {**_CONSTRUCTORS, 'int': int, 'str': str, 'bool': bool, 'len': len, 'su
               enumerate(*a)), 'zip': lambda *a: list(zip(*a)), 'bin': bin, 'hex': hex, 'oct': oct}
 # Methods whose result is no larger than receiver and arguments together.
 _METHODS = {
-    str: frozenset('upper lower title capitalize swapcase casefold strip lstrip rstrip split rsplit '
-                   'splitlines startswith endswith find rfind index count isdigit isalpha isalnum '
-                   'isupper islower removeprefix removesuffix'.split()),
+    str: frozenset('upper lower title capitalize swapcase casefold strip lstrip rstrip split '
+                   'rsplit splitlines startswith endswith find rfind index count isdigit isalpha '
+                   'isalnum isupper islower removeprefix removesuffix'.split()),
     bytes: frozenset('upper lower strip split hex'.split()),
     list: frozenset(('index', 'count', 'copy')),
     tuple: frozenset(('index', 'count')),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Harmless attempts at forbidden things, made from inside a fenced child to see what the fence does."""
+"""Harmless attempts at forbidden things, made from inside a fenced child to test the fence."""
 
 import _socket
 import _thread
@@ -36,7 +36,7 @@ def _execute() -> None:
 def _descriptors() -> None:
   for fd in range(4, 64):
     try:
-      os.fstat(fd)
+      os.get_inheritable(fd)
     except OSError:
       continue
     return

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """An existing SandboxFusion server in place of the local processes; the verdicts stay ours.
 
-Each unit of work becomes one `POST /run_code` with a self-contained script: our `values` module, the
-program, its inputs. The script prints tagged values behind a random mark; decoding, equality,
+Each unit of work becomes one `POST /run_code` with a self-contained script: our `values` module,
+the program, its inputs. The script prints tagged values behind a random mark; decoding, equality,
 determinism and golds are decided here by the same `verify.Trial` as with local processes. The two
-processes of a validation are told apart by their hash seeds: the script restarts its interpreter with the
+processes of a validation differ in their hash seeds: the script restarts its interpreter with the
 seed it is given.
 
 Isolation is what the server promises, so `isolation.level` is 'external'.
@@ -24,8 +24,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 
-from absolute_zero_jax.executor import client, policy, values, verify
+from absolute_zero_jax.executor import client, link, policy, values, verify
 from absolute_zero_jax.types import Job, Status, Verdict
 
 _RETRIES = 3                 # of a request that the server could not answer
@@ -79,8 +80,9 @@ class SandboxFusion:
   Args:
     url: the server's root, e.g. 'http://localhost:8080'.
     workers: requests in flight; 0 takes 8.
-    memory_mb, validate_timeout_s, score_timeout_s, equality, policy, modules, cache_size: as for `Executor`.
-    min_isolation: accepted for the config's sake; the server's isolation cannot be measured from here.
+    memory_mb, validate_timeout_s, score_timeout_s, equality, policy, modules, cache_size: as for
+      `Executor`.
+    min_isolation: accepted for the config's sake; the server cannot be measured from here.
 
   Raises:
     ValueError: an option out of range, or no http(s) address.
@@ -93,16 +95,18 @@ class SandboxFusion:
     if not url.startswith(('http://', 'https://')):
       raise ValueError(f"url={url!r} must be an http(s) address, e.g. 'http://localhost:8080'.")
     values.equal(None, None, equality)
+    # About the programs that are parsed here, for which the user can do nothing.
+    warnings.filterwarnings('ignore', category=SyntaxWarning, module='<unknown>')
     self._url, self._memory_mb = url.rstrip('/') + '/run_code', memory_mb
-    self._rules = verify.Rules(equality, policy, frozenset(_MODULES if modules is None else modules),
-                               validate_timeout_s, score_timeout_s)
+    modules = frozenset(_MODULES if modules is None else modules)
+    self._rules = verify.Rules(equality, policy, modules, validate_timeout_s, score_timeout_s)
     self._cache = verify.Cache(cache_size)
     self._pool = concurrent.futures.ThreadPoolExecutor(workers or 8, 'sandboxfusion')
     self._lock = threading.Lock()
     self._queue: list[tuple[int, int, concurrent.futures.Future, Job]] = []
     self._order = itertools.count()
     self._count: Counter = Counter()
-    self.isolation = client.Isolation('external', {'server': url}, {})
+    self.isolation = link.Isolation('external', {'server': url}, {})
 
   def __enter__(self) -> 'SandboxFusion':
     return self
@@ -136,7 +140,7 @@ class SandboxFusion:
       dropped, self._queue = self._queue, []
     for _, _, future, _ in dropped:
       if future.set_running_or_notify_cancel():
-        future.set_exception(client.ExecutorError('The executor is closed.'))
+        future.set_exception(link.ExecutorError('The executor is closed.'))
     self._pool.shutdown(wait=True)
 
   def _work(self) -> None:
@@ -148,7 +152,7 @@ class SandboxFusion:
       return
     try:
       future.set_result(self._verdict(job))
-    except client.ExecutorError as e:
+    except link.ExecutorError as e:
       future.set_exception(e)
 
   def _verdict(self, job: Job) -> Verdict:
@@ -189,7 +193,7 @@ class SandboxFusion:
       except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as e:
         error = str(e)
       time.sleep(0.2 * 2 ** attempt)
-    raise client.ExecutorError(f'SandboxFusion at {self._url} failed {_RETRIES} times: {error}')
+    raise link.ExecutorError(f'SandboxFusion at {self._url} failed {_RETRIES} times: {error}')
 
 
 def _read_answer(answer: dict, unit: verify.Unit, mark: str, wall_s: float) -> verify.Report:
@@ -213,7 +217,7 @@ def _read_answer(answer: dict, unit: verify.Unit, mark: str, wall_s: float) -> v
   if result.get('status') == 'TimeLimitExceeded':
     return verify.Report(tuple(frames), Status.TIMEOUT, 'time limit', wall_s)
   code = result.get('return_code')
-  return verify.Report(tuple(frames), Status.CRASHED, f'ended without a report (code {code})', wall_s)
+  return verify.Report(tuple(frames), Status.CRASHED, f'ended with code {code}', wall_s)
 
 
 _MODULES = policy.MODULES

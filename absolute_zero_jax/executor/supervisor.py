@@ -4,8 +4,8 @@
   client socket --jobs--> Trial --units--> queues by hash-seed group --> children of zygotes
                 <-verdicts-- Trial <--reports-- frames, exit status
 
-One thread, one event loop; started as a program of its own, so it holds none of the trainer's memory,
-environment or descriptors. It ends when its client does, and its zygotes end with it.
+One thread, one event loop; started as a program of its own, so it holds none of the trainer's
+memory, environment or descriptors. It ends when its client does, and its zygotes end with it.
 """
 
 from collections import Counter, deque
@@ -25,11 +25,12 @@ from absolute_zero_jax.types import Status
 
 _TICK_S = 0.2               # how often zygotes are looked at while there is work
 _PATIENCE_S = 20.0          # for an answer of a zygote that is alive
-_MAX_ATTEMPTS = 2           # zygotes that a unit may lose
+_MAX_ATTEMPTS = 3           # times that a unit is started while its processes get lost
 _MAX_FAILED_STARTS = 4
 # A fence that lets one of these through does not deserve its level.
-_MUST_FAIL = ('read a file', 'list a folder', 'write a file', 'make a TCP socket', 'start a process',
-              'start a thread', 'execute a program', 'signal the parent', 'signal everybody')
+_MUST_FAIL = ('read a file', 'list a folder', 'write a file', 'make a TCP socket',
+              'start a process', 'start a thread', 'execute a program', 'signal the parent',
+              'signal everybody')
 
 
 class _Work:
@@ -55,7 +56,8 @@ class Supervisor:
 
   def __init__(self, client: socket.socket, options: dict):
     self._client, self._options = client, options
-    self._rules = verify.Rules(**options['rules'] | {'modules': frozenset(options['rules']['modules'])})
+    rules = options['rules']
+    self._rules = verify.Rules(**rules | {'modules': frozenset(rules['modules'])})
     self._cache = verify.Cache(options['cache_size'])
     self._inbox, self._outbox = wire.Inbox(), bytearray()
     self._queues: dict[str, list[_Work]] = {'a': [], 'b': [], '': []}     # '': any group
@@ -173,7 +175,7 @@ class Supervisor:
     self._zygotes.remove(zygote)
     lost = list(zygote.running.values()) + list(zygote.reaping.values())
     for child in [*lost, zygote.spare]:
-      if child is not None and child.sock.fileno() in self._selector.get_map():
+      if child is not None and child.sock.fileno() >= 0:
         self._selector.unregister(child.sock)
     self._selector.unregister(zygote.control)
     zygote.kill()
@@ -194,7 +196,7 @@ class Supervisor:
       self._count['retries'] += 1
       heapq.heappush(self._queue(work.unit), work)
     else:
-      self._answer(work, verify.Report((), Status.CRASHED, 'its worker died twice'))
+      self._answer(work, verify.Report((), Status.CRASHED, f'lost {_MAX_ATTEMPTS} workers'))
 
   def _read_zygote(self, zygote: workers.Zygote) -> None:
     was_ready = zygote.report is not None
@@ -301,7 +303,6 @@ class Supervisor:
       if child.end is None:
         return
       if child is child.zygote.spare:      # it died before it had a job
-        self._selector.unregister(child.sock)
         raise workers.Lost('spare child died')
       self._finish(child)
 
@@ -365,7 +366,8 @@ class Supervisor:
     elapsed = time.monotonic() - self._began
     slots = max(1, len(self._zygotes) * self._options['per_zygote'])
     stats = {name: float(self._count[name]) for name in (
-        'jobs', 'forks', 'runs', 'shared', 'retries', 'zygote_restarts', 'security_events', 'faults')}
+        'jobs', 'forks', 'runs', 'shared', 'retries', 'zygote_restarts', 'security_events',
+        'faults')}
     stats |= {f'verdict_{s.value}': float(self._count[f'verdict_{s.value}']) for s in Status}
     for name, part in (('p50', 0.5), ('p95', 0.95), ('p99', 0.99), ('max', 1.0)):
       index = min(len(latencies) - 1, int(part * len(latencies)))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""System call numbers that the fence names, per machine. Source: Linux asm/unistd_64.h and asm-generic/unistd.h."""
+"""System call numbers that the fence names, per machine.
+
+Source: Linux asm/unistd_64.h (x86_64) and asm-generic/unistd.h (aarch64).
+"""
 
 AUDIT_ARCH = {'x86_64': 0xC000003E, 'aarch64': 0xC00000B7}
 

@@ -179,8 +179,8 @@ def _decode(x: Any, depth: int, budget: list[int]) -> Any:
   return made
 
 
-_ARITY = {'n': 1, 'e': 1, 'r': 4, 'b': 2, 'i': 2, 'I': 2, 'f': 2, 'c': 3, 's': 2, 'y': 2, 'l': 2, 't': 2,
-          'S': 2, 'F': 2, 'd': 2}
+_ARITY = {'n': 1, 'e': 1, 'r': 4, 'b': 2, 'i': 2, 'I': 2, 'f': 2, 'c': 3, 's': 2, 'y': 2, 'l': 2,
+          't': 2, 'S': 2, 'F': 2, 'd': 2}
 
 
 def _exactly(kind: type, x: Any) -> Any:
@@ -233,7 +233,7 @@ def _source(v: Any, show_float, *, sort_dicts: bool) -> str:
 
 
 def _has_literal(v: complex) -> bool:
-  """Whether Python reads `repr(v)` back with every sign: `-2j` is a negated 2j, with -0.0 in front."""
+  """Whether Python reads `repr(v)` back with every sign: `-2j` is a negated `0.0+2j`."""
   negative_zero = any(x == 0 and math.copysign(1, x) < 0 for x in (v.real, v.imag))
   return (math.isfinite(v.real) and math.isfinite(v.imag) and not negative_zero
           and not (v.real == 0 and v.imag < 0))

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a job to runs to a verdict: everything the trusted side decides, and no process handling.
 
-A `Trial` turns one `Job` into `Unit`s (one child process each) and reads their `Report`s. Whoever has
-processes drives it:
+A `Trial` turns one `Job` into `Unit`s (one child process each) and reads their `Report`s. Whoever
+has processes drives it:
 
   trial = Trial(job, rules)
   while trial.verdict is None:
     for unit in trial.take(): trial.feed(unit, run_somewhere(unit))
 
-'validate' runs each input twice in one process of group 'a', then once in a process of group 'b', which has
-another hash seed and another address layout. 'run' runs each input once, anywhere. An input that kills its
-process costs that input only: the rest run in a fresh one.
+'validate' runs each input twice in one process of group 'a', then once in a process of group 'b',
+which has another hash seed and another address layout. 'run' runs each input once, anywhere. An
+input that kills its process costs that input only: the rest run in a fresh one.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable
 import dataclasses
+import functools
 import hashlib
 from typing import Any
 
@@ -140,7 +141,7 @@ class Trial:
     self._read_inputs(self._open_places())
 
   def _read_inputs(self, places: list[int]) -> None:
-    """Parses inputs and schedules their runs; where a proposal's input calls `f`, that call first."""
+    """Parses inputs and schedules their runs; where a proposal's input calls `f`, that first."""
     nested = [i for i in places if self._needs_call(i)]
     if nested:
       self._schedule('nested', nested)
@@ -152,7 +153,9 @@ class Trial:
   def _needs_call(self, i: int) -> bool:
     try:
       calls = self._calls[i] if self._job.op == 'validate' else None
-      self._inputs[i] = literals.parse_inputs(self._job.inputs[i], calls).text
+      text = self._job.inputs[i]
+      self._inputs[i] = literals.parse_inputs(text, calls).text if calls else _inputs_of(
+          text, calls is not None)
       return False
     except literals.NeedsCall as e:
       if len(self._calls[i]) < _MAX_NESTED:
@@ -167,8 +170,8 @@ class Trial:
 
   def _gate(self) -> None:
     digest = self._job.op == 'validate'
-    key = ('gate', hashlib.sha256(self._job.program.encode('utf-8', 'surrogatepass')).digest(), digest)
-    found = self._cache.get(key)
+    key = 'gate', self._job.program, digest
+    found = self._cache.get(key) or self._cache.get(('gate', self._job.program, True))
     if found is None:
       try:
         found = policy.gate(self._job.program, modules=self._rules.modules, digest=digest,
@@ -369,17 +372,32 @@ def _same(a: Outcome, b: Outcome) -> bool:
   return a.text == b.text or values.equal(a.value, b.value, 'strict') and a.value is not None
 
 
+@functools.lru_cache(2048)
+def _value_of(text: str) -> Any:
+  return literals.parse_value(text)
+
+
+@functools.lru_cache(2048)
+def _inputs_of(text: str, may_call: bool) -> str:
+  return literals.parse_inputs(text, {} if may_call else None).text
+
+
 def _matches(o: Outcome, expected: str, expect_error: bool, rules: Rules) -> bool:
+  if expected == o.text:
+    return True
   if expect_error:
     return error_name(expected) == error_name(o.text)
   try:
-    return values.equal(o.value, literals.parse_value(expected), rules.equality)
+    return values.equal(o.value, _value_of(expected), rules.equality)
   except literals.LiteralError:
     return False
 
 
 def error_name(text: str) -> str:
-  """An exception's name as compared: first word, up to a colon, lower case. Source: AZR's code_e."""
+  """An exception's name as it is compared: first word, up to a colon, in lower case.
+
+  Source: the reference's treatment of code_e answers.
+  """
   words = text.strip().strip('\'"`').split(':')[0].split()
   return words[0].lower() if words else ''
 
@@ -400,7 +418,7 @@ def _compare(job: Job, rules: Rules) -> Verdict:
       runs.append(Run(Status.REJECTED, error=f'answer: {e}'))
       continue
     try:
-      matches = values.equal(value, literals.parse_value(gold), rules.equality)
+      matches = values.equal(value, _value_of(gold), rules.equality)
     except literals.LiteralError:
       matches = False
     runs.append(Run(Status.OK, text, text, matches))

@@ -51,5 +51,5 @@ def from_verdict(v: Verdict) -> list:
 
 def to_verdict(fields: list) -> Verdict:
   status, runs, error, program, key, wall_s, cpu_s = fields
-  return Verdict(Status(status), tuple(Run(Status(r[0]), *r[1:]) for r in runs), error, program, key,
-                 wall_s, cpu_s)
+  runs = tuple(Run(Status(r[0]), *r[1:]) for r in runs)
+  return Verdict(Status(status), runs, error, program, key, wall_s, cpu_s)

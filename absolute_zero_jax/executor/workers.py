@@ -15,9 +15,9 @@ from absolute_zero_jax.types import Status
 
 _BOOT = ('import sys, json; sys.path.insert(0, sys.argv[1]); '
          'from absolute_zero_jax.executor import zygote; zygote.main(json.loads(sys.argv[2]))')
-# A child that waits without using the processor for this share of a deadline extension is stuck.
-_STALLED = 0.002
-_MIN_EXTENSION_S = 0.25
+# Past its deadline, a child that used less than this share of the processor over a while is stuck.
+_STALLED = 0.001
+_STALL_WINDOW_S = 0.5
 _MAX_STRETCH = 20           # wall time over CPU time at which even a starved child is given up
 _SILENT = 'ended without a report'
 KILLED = 'killed from outside'       # by the kernel when memory is short, or by a person
@@ -43,7 +43,7 @@ class Child:
     self.started = self.finished = 0.0
     self._buffer = bytearray()
     self._unsent = memoryview(b'')
-    self._cpu_seen, self._seen_at = 0.0, 0.0
+    self._window_at, self._window_cpu = 0.0, 0.0
 
   def start(self, work, unit: verify.Unit) -> bool:
     """Hands the job over; the child's clock starts. False if `send_more` has more to send."""
@@ -58,7 +58,7 @@ class Child:
   def _hand_over(self, job: dict, timeout_s: float) -> bool:
     data = json.dumps(job).encode()
     self._unsent = memoryview(struct.pack('<I', len(data)) + data)
-    self.started = self._seen_at = time.monotonic()
+    self.started = self._window_at = time.monotonic()
     self.deadline = self.started + timeout_s
     return self.send_more()
 
@@ -106,17 +106,17 @@ class Child:
       self.end = Status.OK
 
   def extend(self, cpu_s: float, now: float) -> None:
-    """At the deadline: stops a child that had its time, gives the rest to one that did not get it."""
+    """At the deadline: stops a child that had its time, extends for one that did not get it."""
     limit = self.unit.timeout_s
-    waited, used = now - self._seen_at, cpu_s - self._cpu_seen
-    is_stalled = self._seen_at > self.started and used < _STALLED * waited
-    if cpu_s < 0 or cpu_s >= 0.97 * limit or is_stalled or now - self.started > _MAX_STRETCH * limit:
+    window_s, is_stalled = now - self._window_at, False
+    if window_s >= _STALL_WINDOW_S:
+      is_stalled = cpu_s - self._window_cpu < _STALLED * window_s
+      self._window_at, self._window_cpu = now, cpu_s
+    is_late = now - self.started > _MAX_STRETCH * limit
+    if cpu_s < 0 or cpu_s >= 0.97 * limit or is_stalled or is_late:
       self.end, self.error = Status.TIMEOUT, 'time limit'
-      return
-    self._cpu_seen, self._seen_at = cpu_s, now
-    missing = limit - cpu_s
-    # Waking up early is cheap; a child that gets its own core is stopped at its limit.
-    self.deadline = now + (missing if missing < 0.1 * limit else max(missing, _MIN_EXTENSION_S))
+    else:
+      self.deadline = now + max(limit - cpu_s, 0.005)
 
   def report(self, status: int, cpu_s: float, max_rss_kb: int, memory_mb: int) -> verify.Report:
     """The report of the reaped process."""

@@ -3,15 +3,13 @@
 
 It imports what programs may import, fences itself, and serves records on its control socket:
 
-  b'F' slot          fork a child for `slot`; the child's end of its job socket comes along (SCM_RIGHTS)
+  b'F' slot          fork a child for `slot`; its end of the job socket comes along (SCM_RIGHTS)
   b'R' slot          kill and reap the child of `slot`            -> (b'R', slot, status, usage)
   b'X' slot, other   R slot, then F other, in one record
   b'Q' slot          -> (b'Q', slot, 0, CPU seconds used so far)
 
-Job text goes from supervisor to child directly, so that no program can find another's text, gold or result
-in the memory it was forked from. The zygote never waits for a child that it has not killed.
-
-Started by the supervisor as `python -c 'from absolute_zero_jax.executor import zygote; zygote.main(...)'`.
+Job text goes from supervisor to child directly, so that no program can find another's text, gold or
+result in the memory it was forked from. The zygote never waits for a child that it has not killed.
 """
 
 import array
@@ -24,7 +22,8 @@ import sys
 import time
 
 RECORD = struct.Struct('<cxxxII')
-REPLY = struct.Struct('<cxxxIiddII')      # op, slot, status, user s, system s, max RSS KiB, minor faults
+# op, slot, status, user s, system s, max RSS KiB, minor faults
+REPLY = struct.Struct('<cxxxIiddII')
 # What programs may import must be in memory: a fenced process opens no file. Codecs are found by
 # name at run time ('abc'.encode('shift_jis')), so all of them are loaded.
 _PRELOAD = '''abc array base64 binascii bisect cmath collections collections.abc colorsys copy
@@ -56,7 +55,7 @@ def main(options: dict) -> None:
 
 
 def _enter_namespaces(control: socket.socket) -> None:
-  """Continues in a child that is the first process of its own PID namespace, if the kernel allows."""
+  """Continues in the first process of a new PID namespace, if the kernel allows."""
   from absolute_zero_jax.executor import fence
   status = fence.enter_namespaces()
   os.environ['AZ_NAMESPACES'] = status
@@ -75,7 +74,7 @@ def _enter_namespaces(control: socket.socket) -> None:
 
 def _be_modest(options: dict) -> None:
   """Low priority, chosen cores, first to go when memory is short: the trainer comes first."""
-  os.setpriority(os.PRIO_PROCESS, 0, options['nice'])
+  os.nice(options['nice'])
   if hasattr(os, 'sched_setscheduler'):
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     if options['cores']:
@@ -125,7 +124,8 @@ def _enclose(fence, options: dict) -> dict:
 
 def _warm_up(child) -> None:
   """Takes every code path once, so that children find the pages written already."""
-  for program in ('def f(x):\n  return [x, {1: "a"}, (2.5, None)]', 'def f(x):\n  raise ValueError(x)'):
+  for program in ('def f(x):\n  return [x, {1: "a"}, (2.5, None)]',
+                  'def f(x):\n  raise ValueError(x)'):
     child.run(program, ['"a"', '[1]'], 2, False, lambda outcomes: child.json.dumps(outcomes))
   import re
   re.compile('a+b').sub('x', 'aab')

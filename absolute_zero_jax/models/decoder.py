@@ -21,12 +21,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from absolute_zero_jax import sharding
+from absolute_zero_jax.models import attention as attention_lib
 from absolute_zero_jax.models.config import ModelConfig, RopeScaling
 
 Params = dict[str, Any]
-MASKED = -1e30                  # finite, so that a row without any visible key stays free of NaN
-_QUERY_CHUNK = 128
-_MAX_CHUNKS = 16
 
 
 class Spec(NamedTuple):
@@ -71,8 +69,14 @@ class Block(nn.Module):
     table['down'] = (weight, (F, D), ('ffn', 'embed'))
     if c.qk_norm:
       table |= {'q_norm': (one, (H,), ('norm',)), 'k_norm': (one, (H,), ('norm',))}
-    self.w = {name: self.param(name, nn.with_logical_partitioning(init, axes), shape)
-              for name, (init, shape, axes) in table.items()}
+    w = {name: self.param(name, nn.with_logical_partitioning(init, axes), shape)
+         for name, (init, shape, axes) in table.items()}
+    # Adapters (see `lora`) are merged here, inside the scan: the merged matrix and its gradient
+    # exist for one layer at a time.
+    if self.has_variable('params', 'lora'):
+      for name, pair in self.get_variable('params', 'lora').items():
+        w[name] = (w[name] + jnp.tensordot(pair['a'], pair['b'], 1)).astype(w[name].dtype)
+    self.w = w
 
   def __call__(self, x_BTD, prefix, angles, segments_BT, prefix_segments_BP):
     """The layer on whole sequences. Returns (x_BTD, (k_BKHT, v_BKTH) or None).
@@ -86,8 +90,8 @@ class Block(nn.Module):
       k_BKHS = jnp.concatenate([prefix[0], k_BKHS], 3)
       v_BKSH = jnp.concatenate([prefix[1], v_BKSH], 2)
       key_segments_BS = jnp.concatenate([prefix_segments_BP, segments_BT], 1)
-    out_BTNH = attend(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS,
-                      implementation=self.attention)
+    out_BTNH = attention_lib.attend(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS,
+                                    implementation=self.attention)
     x_BTD = x_BTD + self._out(out_BTNH)
     x_BTD = sharding.constrain(x_BTD + self._ffn(x_BTD), ('batch', None, None), self.mesh)
     return x_BTD, own if self.collect else None
@@ -95,7 +99,7 @@ class Block(nn.Module):
   def step(self, x_BD, angles, bias_BS, slot, k_BKHS, v_BKSH):
     """The layer on one new token per sequence, whose key and value go to cache slot `slot`.
 
-    `bias_BS` is added to the scores: 0 where a slot may be seen, `MASKED` where not.
+    `bias_BS` is added to the scores: 0 where a slot may be seen, `attention.MASKED` where not.
     Returns (x_BD, k_BKHS, v_BKSH).
     """
     q_BNH, k_BKH, v_BKH = self._qkv(x_BD, angles)
@@ -163,7 +167,7 @@ class Decoder(nn.Module):
     dtype: of activations and matmul inputs; norms, softmax and accumulation stay float32.
     remat: 'none' keeps all activations for the backward pass, 'full' only each layer's input,
       'dots' also the results of weight matmuls.
-    attention: key of `ATTENTION`.
+    attention: key of `attention.IMPLEMENTATIONS`.
     mesh: constrains activations to rows over data and fsdp; None leaves layout to the compiler.
   """
   config: ModelConfig
@@ -258,68 +262,6 @@ def prefill(config: ModelConfig, params: Params, tokens_BT: jax.Array, positions
   module = Decoder(config, dtype, attention=attention, collect=True, mesh=mesh)
   return module.apply({'params': params}, tokens_BT, positions_BT, segments_BT, prefix,
                       prefix_segments_BP)[1]
-
-
-def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array,
-           key_segments_BS: jax.Array, *, implementation: str = 'xla') -> jax.Array:
-  """Causal attention inside equal non-zero segments; the one call site of every kernel.
-
-  The T queries are the last T of the S keys' tokens.
-
-  Raises ValueError for an unknown implementation.
-  """
-  if implementation not in ATTENTION:
-    raise ValueError(f'attention={implementation!r} is unknown; allowed: {sorted(ATTENTION)}')
-  return ATTENTION[implementation](q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS)
-
-
-def _attend_xla(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS):
-  """Masked matmuls in chunks of queries; each chunk reads only the keys up to its end."""
-  B, T, N, H = q_BTNH.shape
-  K, S = k_BKHS.shape[1], k_BKHS.shape[3]
-  q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  chunk = max(_QUERY_CHUNK, math.ceil(T / _MAX_CHUNKS))
-
-  def one(q_BKGCH, k_BKHS, v_BKSH, allowed_BCS):
-    C = q_BKGCH.shape[3]
-    flat = q_BKGCH.reshape(B, K, -1, H)
-    score_BKGCS = jnp.matmul(flat, k_BKHS, preferred_element_type=jnp.float32).reshape(
-        B, K, N // K, C, -1)
-    prob_BKGCS = jax.nn.softmax(jnp.where(allowed_BCS[:, None, None], score_BKGCS, MASKED), -1)
-    flat = prob_BKGCS.astype(v_BKSH.dtype).reshape(B, K, (N // K) * C, -1)
-    out = jnp.matmul(flat, v_BKSH, preferred_element_type=jnp.float32)
-    return out.reshape(B, K, N // K, C, H).astype(q_BKGCH.dtype)
-
-  # Without it the backward pass of a long layer would hold the probabilities of all its chunks.
-  one = jax.checkpoint(one) if T > 8 * _QUERY_CHUNK else one
-  outs = []
-  for begin in range(0, T, chunk):
-    end = min(begin + chunk, T)
-    seen = S - T + end
-    allowed_BCS = _allowed(segments_BT[:, begin:end], key_segments_BS[:, :seen], S - T + begin)
-    outs.append(one(q_BKGTH[:, :, :, begin:end], k_BKHS[..., :seen], v_BKSH[:, :, :seen],
-                    allowed_BCS))
-  out_BKGTH = jnp.concatenate(outs, 3)
-  return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def _attend_cudnn(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS):
-  """Flash attention of cuDNN; needs an NVIDIA GPU and a 16-bit dtype."""
-  allowed_BTS = _allowed(segments_BT, key_segments_BS, k_BKHS.shape[3] - q_BTNH.shape[1])
-  return jax.nn.dot_product_attention(
-      q_BTNH, k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3),
-      mask=allowed_BTS[:, None], implementation='cudnn')
-
-
-ATTENTION = {'xla': _attend_xla, 'cudnn': _attend_cudnn}
-
-
-def _allowed(segments_BT, key_segments_BS, offset):
-  """Mask [B, T, S] of a query block whose first query is key number `offset`."""
-  T, S = segments_BT.shape[1], key_segments_BS.shape[1]
-  causal_TS = jnp.arange(S)[None] <= jnp.arange(T)[:, None] + offset
-  same_BTS = segments_BT[:, :, None] == key_segments_BS[:, None]
-  return causal_TS[None] & same_BTS & (key_segments_BS > 0)[:, None]
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:

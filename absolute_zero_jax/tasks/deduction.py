@@ -8,7 +8,7 @@ error prediction extend this class and differ in what is hidden.
 from collections.abc import Sequence
 import dataclasses
 
-from absolute_zero_jax.tasks import program, text
+from absolute_zero_jax.tasks import composite, program, text
 from absolute_zero_jax.types import Job, Status, Task, Verdict
 
 IDENTITY = 'def f(a):\n    return a'
@@ -22,11 +22,13 @@ class Deduction:
   Attributes:
     rules: what a proposed program must look like.
     min_references: the fewest references a proposer prompt can do with.
+    composites: when a proposal must build on functions of earlier tasks; by default never.
     timeout_s: wall limit of each job; 0 takes the executor's.
   """
   name: str = 'deduction'
   rules: program.Rules = program.Rules()
   min_references: int = 0
+  composites: composite.Schedule = composite.Schedule()
   timeout_s: float = 0.0
 
   def seeds(self) -> list[Task]:
@@ -35,14 +37,22 @@ class Deduction:
     return [Task(self.name, IDENTITY, ((HELLO, HELLO),), key=key)]
 
   def references(self, buffer, rng, count: int, strategy: str = 'uniform') -> list[Task]:
-    """`count` tasks of this kind (or all there are), drawn without replacement."""
-    return buffer.references((self.name,), rng, count, strategy)
+    """`count` tasks of this kind (or all there are), drawn without replacement.
+
+    Functions that the proposal must call follow them, as tasks of kind 'composite'.
+    """
+    found = buffer.references((self.name,), rng, count, strategy)
+    return found + composite.draw(buffer, self.name, rng, self.composites)
 
   def propose_prompt(self, references: Sequence[Task], prompts, variant: int = 0) -> str:
     """Prompt for a new program with an input; `variant` picks the prompt set's own examples."""
-    return prompts.render('propose', self.name,
-                          references=prompts.references(self.name, references, variant),
-                          banned=', '.join(self.rules.banned_words) or 'none')
+    return prompts.render('propose', self.name, **self._fields(references, prompts, variant))
+
+  def _fields(self, references: Sequence[Task], prompts, variant: int) -> dict[str, str]:
+    plain, parts = composite.split(references)
+    return {'references': prompts.references(self.name, plain, variant),
+            'banned': ', '.join(self.rules.banned_words) or 'none',
+            'composite': prompts.composite([part.program for part in parts])}
 
   def parse_proposal(self, answer: str, references: Sequence[Task]) -> program.Proposal | str:
     """The proposal, or the reason why it has no valid form.
@@ -62,9 +72,16 @@ class Deduction:
     arguments = text.arguments(given)
     if arguments is None:
       return 'input_not_literal'
-    if any(task.key == program.key(self.name, found.source, (arguments,)) for task in references):
+    plain, parts = composite.split(references)
+    if any(task.key == program.key(self.name, found.source, (arguments,)) for task in plain):
       return 'copied'
-    return program.Proposal(found.source, (arguments,))
+    if not parts:
+      return program.Proposal(found.source, (arguments,))
+    reason = composite.refusal(found.source, parts)
+    if reason:
+      return reason
+    return program.Proposal(composite.join(found.source, parts), (arguments,),
+                            extra={'composite_functions': [part.program for part in parts]})
 
   def validation_jobs(self, proposal: program.Proposal) -> list[Job]:
     """One job: run, repeat, and check that the output equals itself."""

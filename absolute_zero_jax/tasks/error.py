@@ -28,11 +28,9 @@ class Error(deduction.Deduction):
     task = super().seeds()[0]
     return [dataclasses.replace(task, cases=((deduction.HELLO, NO_ERROR),))]
 
-  def propose_prompt(self, references: Sequence[Task], prompts, variant: int = 0) -> str:
-    return prompts.render('propose', self.name,
-                          references=prompts.references(self.name, references, variant),
-                          banned=', '.join(self.rules.banned_words) or 'none',
-                          banned_statements=', '.join(self.banned_statements) or 'none')
+  def _fields(self, references: Sequence[Task], prompts, variant: int) -> dict[str, str]:
+    return {**super()._fields(references, prompts, variant),
+            'banned_statements': ', '.join(self.banned_statements) or 'none'}
 
   def parse_proposal(self, answer: str, references: Sequence[Task]) -> program.Proposal | str:
     found = super().parse_proposal(answer, references)

@@ -74,15 +74,13 @@ class Induction:
   def parse_proposal(self, answer: str, references: Sequence[Task]) -> program.Proposal | str:
     """Program of the reference, the last `cases` inputs, and the message.
 
-    Inputs are input blocks, or else lines `f(...)` inside or outside blocks. The message is the
+    Inputs are input blocks, or else lines of calls of f, one or a list. The message is the
     first message block, else message tags, else the line `# Message:`. It may not hold the code.
     """
     blocks = text.fences(answer)
-    given = [b.body for b in blocks if b.label == 'input']
-    if not given:
-      given = [line for line in answer.splitlines() if line.lstrip().startswith('f(')]
-    inputs = [text.arguments(body) for body in given]
-    if given and not any(inputs):
+    inputs = [text.arguments(b.body) for b in blocks if b.label == 'input']
+    inputs = inputs or [call for line in answer.split('\n') for call in text.calls(line)]
+    if inputs and not any(inputs):
       return 'input_not_literal'
     inputs = [i for i in inputs if i is not None]
     if self.distinct_inputs:

@@ -119,13 +119,12 @@ def prepare(source: str, rules: Rules) -> Program | str:
   if renamed in ('no_function', 'name_clash'):
     return renamed
   source = clean(renamed, rules.clean)
-  main = _functions(ast.parse(source))['f']
-  parameters = {a.arg for a in (*main.args.posonlyargs, *main.args.args,
-                                *([main.args.vararg] if main.args.vararg else []))}
-  if not parameters:
+  main = main_function(ast.parse(source))
+  if main is None:
+    return 'no_function'
+  if not _parameters(main):
     return 'no_parameters'
-  loaded = {n.id for n in ast.walk(main) if isinstance(n, ast.Name)}
-  if rules.reject_constant and not parameters & loaded:
+  if rules.reject_constant and not reads_parameter(main):
     return 'constant'
   return Program(source, call)
 
@@ -143,6 +142,18 @@ def clean(source: str, steps: Sequence[str]) -> str:
   if 'prints' in steps:
     tree = ast.fix_missing_locations(_NoPrints().visit(tree))
   return ast.unparse(tree)
+
+
+def main_function(tree: ast.Module) -> ast.FunctionDef | None:
+  """The top-level function f (the last one, if it is defined twice), or None."""
+  found = [n for n in _defs(tree.body) if n.name == 'f']
+  return found[-1] if found else None
+
+
+def reads_parameter(main: ast.FunctionDef) -> bool:
+  """Whether the body mentions a positional parameter."""
+  names = {n.id for n in ast.walk(main) if isinstance(n, ast.Name)}
+  return bool(_parameters(main) & names)
 
 
 def imports(source: str) -> list[str]:
@@ -169,6 +180,11 @@ def key(kind: str, source: str, inputs: Sequence[str] = ()) -> str:
   said = source if tree is None else _canonical(tree)
   data = '\0'.join((kind, said, *inputs)).encode('utf-8', 'surrogatepass')
   return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _parameters(main: ast.FunctionDef) -> set[str]:
+  positional = [*main.args.posonlyargs, *main.args.args]
+  return {a.arg for a in (*positional, *([main.args.vararg] if main.args.vararg else []))}
 
 
 def _take_call(source: str, tree: ast.Module) -> tuple[str, ast.Module, str]:
@@ -210,10 +226,6 @@ def _defs(nodes: Sequence[ast.AST]) -> list[ast.FunctionDef]:
   return [n for n in nodes if isinstance(n, ast.FunctionDef)]
 
 
-def _functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
-  return {n.name: n for n in _defs(tree.body)}
-
-
 def _rename(source: str, tree: ast.Module, mode: str) -> str:
   """Source whose main function is `f`, or 'no_function' or 'name_clash'."""
   functions = _defs(tree.body)
@@ -225,27 +237,51 @@ def _rename(source: str, tree: ast.Module, mode: str) -> str:
   main = functions[0] if mode in ('any_first', 'not_first') else functions[-1]
   if main.name == 'f':
     return source
-  # Renaming is done where it cannot change meaning: nobody else is called f, and the old name is
-  # bound once. Anything cleverer would need scope analysis for a case the prompts never ask for.
-  bound = [name for name in _bound(tree) if name == main.name]
-  identifiers = {*_bound(tree), *(n.id for n in ast.walk(tree) if isinstance(n, ast.Name))}
-  if 'f' in identifiers or len(bound) > 1:
-    return 'name_clash'
+  return _renamed(source, tree, main, 'f') or 'name_clash'
+
+
+def renamed(source: str, name: str) -> str | None:
+  """Source whose `f` is called `name`, or None where that could change its meaning."""
+  tree = text.parse(source)
+  main = main_function(tree) if tree else None
+  return None if main is None else _renamed(source, tree, main, name)
+
+
+def _renamed(source: str, tree: ast.Module, main: ast.FunctionDef, name: str) -> str | None:
+  # Renaming is done where it cannot change meaning: nobody else has the new name, and the old one
+  # is bound once. Anything cleverer would need scope analysis for what the prompts never ask for.
+  bound = bound_names(tree)
+  if name in {*bound, *(n.id for n in ast.walk(tree) if isinstance(n, ast.Name))}:
+    return None
+  if bound.count(main.name) > 1:
+    return None
   lines = [line.encode('utf-8') for line in source.split('\n')]
-  old = main.name.encode('utf-8')
+  old, new = main.name.encode('utf-8'), name.encode('utf-8')
   sites = [(n.lineno - 1, n.col_offset) for n in ast.walk(tree)
            if isinstance(n, ast.Name) and n.id == main.name]
   head = re.compile(rb'def[ \t]+').match(lines[main.lineno - 1], main.col_offset)
   if head is None:  # a line continuation between def and the name
-    return 'name_clash'
+    return None
   for row, column in sorted([*sites, (main.lineno - 1, head.end())], reverse=True):
     if lines[row][column:column + len(old)] != old:
-      return 'name_clash'  # the parser normalised a non-ASCII identifier
-    lines[row] = lines[row][:column] + b'f' + lines[row][column + len(old):]
+      return None  # the parser normalised a non-ASCII identifier
+    lines[row] = lines[row][:column] + new + lines[row][column + len(old):]
   return b'\n'.join(lines).decode('utf-8')
 
 
-def _bound(tree: ast.AST) -> list[str]:
+def top_level_names(source: str) -> set[str]:
+  """Names that the text binds at its top level, imports aside; empty for no Python."""
+  tree = text.parse(source)
+  found: set[str] = set()
+  for node in tree.body if tree else ():
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+      found.add(node.name)
+    elif not isinstance(node, ast.Import | ast.ImportFrom):
+      found.update(bound_names(node))
+  return found
+
+
+def bound_names(tree: ast.AST) -> list[str]:
   """Every name the program binds, in order of appearance, with repetitions."""
   found = []
   for node in _in_order(tree):
@@ -280,7 +316,7 @@ def _canonical(tree: ast.Module) -> str:
       fixed.add(node.arg)
     elif isinstance(node, ast.Global | ast.Nonlocal):
       fixed.update(node.names)
-  names = dict.fromkeys(name for name in _bound(tree) if name not in fixed)
+  names = dict.fromkeys(name for name in bound_names(tree) if name not in fixed)
   order = {name: f'<{i}>' for i, name in enumerate(names)}
   _strip_docstrings(tree)
   for node in ast.walk(tree):

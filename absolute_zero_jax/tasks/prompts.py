@@ -7,6 +7,7 @@ A set is a folder with `set.json` and text templates with `$name` fields (`strin
   solve_<kind>.txt        fields: program, input, output, cases, message
   reference_<kind>.txt    how one reference is shown to the proposer; fields of `task_fields`, index
   solved_<kind>.txt       how one solved example is shown to the solver; fields of `task_fields`
+  composite.txt           asks for an f that calls given functions; fields: functions, names
   wrapper_<name>.txt      the page around every prompt; field: task
   examples.json           by kind, pages of worked examples in our own words
 
@@ -25,7 +26,9 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
+import os
 import pathlib
 import random
 import re
@@ -76,7 +79,10 @@ class PromptSet:
     KeyError. Field values are inserted as they are, `$` in a program is not looked at again.
     """
     body, opening = self._split(self._file(f'{_name(role)}_{kind}'))
-    page = string.Template(body).substitute(fields)
+    return self.wrap(string.Template(body).substitute(fields), opening)
+
+  def wrap(self, page: str, opening: str = '') -> str:
+    """A page in the set's wrapper: for kinds that bring their own prompt text."""
     outer = self.files.get(f'wrapper_{self.wrapper}')
     if outer is None:
       return page + opening
@@ -86,7 +92,7 @@ class PromptSet:
   def prefix(self, role: Role | str, kind: str) -> str:
     """What the prompt already wrote of the response."""
     outer = self.files.get(f'wrapper_{self.wrapper}', '')
-    return self._split(outer)[1] + self._split(self._file(f'{_name(role)}_{kind}'))[1]
+    return self._split(outer)[1] + self._split(self.files.get(f'{_name(role)}_{kind}', ''))[1]
 
   def stops(self, role: Role | str, kind: str) -> tuple[str, ...]:
     """Texts that end the response; they belong to it. () leaves the end to the EOS token."""
@@ -136,6 +142,14 @@ class PromptSet:
     return self.render('solve', task.kind, **task_fields(task),
                        examples=self._list(f'solved_{task.kind}', solved) if solved else '')
 
+  def composite(self, sources: Sequence[str]) -> str:
+    """Text that asks for an f that calls these functions (`composite.txt`); '' for none."""
+    if not sources:
+      return ''
+    names = ', '.join(f'g_{i}' for i in range(len(sources)))
+    return string.Template(self._file('composite')).substitute(
+        functions='\n\n'.join(sources), names=names)
+
   def choose(self, role: Role | str, kind: str, variant: int, like: str = '') -> list[Task]:
     """The worked examples a prompt shows: one page, shuffled, cut to the set's number.
 
@@ -176,7 +190,7 @@ class PromptSet:
 
 
 def load(name: str, wrapper: str = '') -> PromptSet:
-  """The built-in set of that name, or the set in the directory of that path.
+  """The built-in set of that name, the set in a directory, or the object `module:name`.
 
   Args:
     wrapper: another wrapper than the set's own: 'answer', 'boxed', 'none', or the name of a
@@ -185,7 +199,17 @@ def load(name: str, wrapper: str = '') -> PromptSet:
   Raises:
     ValueError: no such set, no such wrapper, a malformed `set.json` or template.
   """
+  if not os.path.isdir(name) and name.count(':') == 1:
+    return _of_module(*name.split(':'))
   return _load(str(name), wrapper)
+
+
+def _of_module(module: str, attribute: str) -> PromptSet:
+  try:
+    made = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f'prompts {module}:{attribute} cannot be loaded: {error}.') from error
+  return made() if callable(made) else made
 
 
 @functools.cache
@@ -222,16 +246,16 @@ def _load(name: str, wrapper: str) -> PromptSet:
 def task_fields(task: Task) -> dict[str, str]:
   """The template fields a task fills: program, input, output, message, and lists of its cases.
 
-  `comment` is the message as comment lines. `calls` lists all inputs as numbered calls of f;
-  `cases` (`f(x) == y`) and `blocks` (fenced) list the shown pairs.
+  `comment` is the message as comment lines, `quoted` as a block. `calls` lists all inputs as calls
+  of f; `cases` (`f(x) == y`) and `blocks` (fenced) list the shown pairs.
   """
   shown = task.cases[:task.shown] if task.shown else task.cases
   given, output = task.cases[0] if task.cases else ('', '')
-  total = len(task.cases)
   return {
       'program': task.program, 'input': given, 'output': output, 'message': task.message,
+      'quoted': text.fenced('message', task.message),
       'comment': '\n'.join(f'# {line}'.rstrip() for line in task.message.split('\n')),
-      'calls': '\n'.join(f'f({i})  # {n} of {total}' for n, (i, _) in enumerate(task.cases, 1)),
+      'calls': ', '.join(f'f({i})' for i, _ in task.cases),
       'cases': '\n'.join(f'f({i}) == {o}' for i, o in shown),
       'blocks': '\n'.join(f'{text.fenced("input", i)}\n{text.fenced("output", o)}'
                           for i, o in shown)}

@@ -181,6 +181,18 @@ def arguments(source: str) -> str | None:
   return None
 
 
+def calls(line: str) -> list[str | None]:
+  """Argument lists of a line `f(1)` or `[f(1), f(2)]`; None for each that is no list of data."""
+  if not line.lstrip().startswith(('f(', '[f(')):
+    return []
+  tree = parse(line.strip(), MAX_LITERAL_CHARS)
+  if tree is None or not tree.body or not isinstance(tree.body[0], ast.Expr):
+    return [None]
+  node = tree.body[0].value
+  nodes = node.elts if isinstance(node, ast.List) else [node]
+  return [call_arguments(ast.Expr(one)) for one in nodes]
+
+
 def call_arguments(statement: ast.stmt) -> str | None:
   """Arguments of a statement `f(...)`, alone or inside print, assert, `x = ` or `... == y`."""
   node = statement

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Composite proposals: a new f that must build on functions of earlier tasks (off by default).
+
+Earlier programs are renamed `g_0`, `g_1`, ... and travel as references of kind 'composite'; the
+prompt shows them, the answer must call each, and the stored program holds them before f.
+"""
+
+import ast
+from collections.abc import Sequence
+import dataclasses
+
+from absolute_zero_jax.tasks import program, text
+from absolute_zero_jax.types import Task
+
+KIND = 'composite'
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """How often and how many. All zeros: never.
+
+  Attributes:
+    start_step: no composites before it.
+    every_steps: from then on the maximum and the chance grow every so many steps; 0 = they stay.
+    count_min, count_max: functions asked for, both included, before any growth.
+    count_limit: where the maximum stops growing.
+    chance: probability that a prompt asks for any.
+    chance_growth, chance_limit: added every `every_steps`, up to the limit.
+
+  Source: azr_spec 3.5; the reference's scheduler starts at 101, grows every 50 steps by one
+  function up to 3 and by 0.01 up to 0.8. Its upper bound is exclusive by mistake; ours is not.
+  """
+  start_step: int = 101
+  every_steps: int = 0
+  count_min: int = 1
+  count_max: int = 1
+  count_limit: int = 3
+  chance: float = 0.0
+  chance_growth: float = 0.01
+  chance_limit: float = 0.8
+
+  def at(self, step: int) -> tuple[int, float]:
+    """(largest count, chance) at a step; a function of the step alone, so resuming is safe."""
+    if step < self.start_step:
+      return 0, 0.0
+    grown = (step - self.start_step) // self.every_steps if self.every_steps else 0
+    count = max(self.count_max, min(self.count_max + grown, self.count_limit))
+    chance = max(self.chance, min(self.chance + grown * self.chance_growth, self.chance_limit))
+    return count, chance
+
+
+def draw(buffer, kind: str, rng, schedule: Schedule) -> list[Task]:
+  """Functions the next f must call, as tasks of kind 'composite'; often none.
+
+  Programs that are composites themselves, or whose other names collide, are passed over. The step
+  is that of the newest stored task.
+  """
+  pool = buffer.tasks(kind)
+  count, chance = schedule.at(max((task.born_step for task in pool), default=0))
+  if not count or rng.random() >= chance:
+    return []
+  wanted = int(rng.integers(schedule.count_min, max(count, schedule.count_min) + 1))
+  parts: list[Task] = []
+  taken: set[str] = {'f'}
+  for index in rng.permutation(len(pool)):
+    if len(parts) == wanted:
+      break
+    task, name = pool[index], f'g_{len(parts)}'
+    source = None if task.extra.get('composite_functions') else program.renamed(task.program, name)
+    names = program.top_level_names(source) if source else set()
+    if source and not names & taken:
+      taken |= names
+      parts.append(Task(KIND, source, task.cases, key=task.key))
+  return parts
+
+
+def split(references: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+  """(plain references, composite parts)."""
+  return ([r for r in references if r.kind != KIND], [r for r in references if r.kind == KIND])
+
+
+def refusal(source: str, parts: Sequence[Task]) -> str:
+  """Why f does not build on the parts, or ''.
+
+  f must call every g_k, with an argument that depends on a name bound in f (parameter, local, loop
+  or comprehension variable); the program must not bind any name of the parts; and f must be more
+  than `return g_k(parameters)`.
+  """
+  tree = text.parse(source)
+  main = program.main_function(tree) if tree else None
+  if main is None:
+    return 'no_function'
+  given = set().union(*(program.top_level_names(part.program) for part in parts), set())
+  if given & set(program.bound_names(tree)):
+    return 'composite_redefined'
+  own = set(program.bound_names(main))
+  calls = {}
+  for node in ast.walk(main):
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+      values = [*node.args, *(k.value for k in node.keywords)]
+      read = {n.id for v in values for n in ast.walk(v) if isinstance(n, ast.Name)}
+      calls[node.func.id] = calls.get(node.func.id, False) or bool(read & own)
+  for number in range(len(parts)):
+    if not calls.get(f'g_{number}'):
+      return 'composite_unused'
+  last = main.body[-1]
+  if len(main.body) == 1 and isinstance(last, ast.Return) and isinstance(last.value, ast.Call):
+    if all(isinstance(a, ast.Name) for a in last.value.args) and not last.value.keywords:
+      if isinstance(last.value.func, ast.Name) and last.value.func.id.startswith('g_'):
+        return 'composite_wrapper'
+  return ''
+
+
+def join(source: str, parts: Sequence[Task]) -> str:
+  """The stored program: the parts, each with its imports, then f."""
+  return '\n\n'.join([*(part.program for part in parts), source])

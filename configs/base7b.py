@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2.5-7B by Absolute Zero self-play.
+
+python -m absolute_zero_jax.main --config configs/base7b.py --workdir runs/base7b
+
+Hardware: TPU v5p-8, or 4 GPUs of 80 GB (the reference). Time and result: not yet run.
+`:preset=azr_paper` or `:preset=azr_paper_eq` for the published numbers, `:gpu` for a GPU mesh,
+`:smoke` for two iterations of a tiny model on CPU.
+Source: the reference's scripts/selfplay/7b.sh (lengths, batch, schedule).
+"""
+
+from absolute_zero_jax import config as base
+
+
+def get_config(arg=None):
+  a = base.parse_arg(arg, preset='azr', gpu=False, smoke=False)
+  c = base.apply_preset(base.get_config(), a.preset)
+  c.model.name = 'Qwen/Qwen2.5-7B'
+  c.model.dtype = 'bfloat16'
+  c.selfplay.prompts = 'think'
+  c.mesh.fsdp = -1
+  c.mesh.data = 1
+  c.mesh.tensor = 2 if a.gpu else 4
+  c.model.attention = 'cudnn' if a.gpu else 'xla'
+  return base.shrink(c) if a.smoke else c

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt sets: rendering, stops, extraction, hashes, sets of one's own."""
+
+import json
+
+import pytest
+
+from absolute_zero_jax import tasks
+from absolute_zero_jax.tasks import prompts
+from absolute_zero_jax.types import Role, Task
+
+SOURCE = "def f(text):\n    return text + '$price'"
+TASK = Task('deduction', SOURCE, (("'a'", "'a$price'"),), key='k')
+
+
+def _copy(tmp_path, name='compact', **changes):
+  folder = tmp_path / 'mine'
+  folder.mkdir()
+  for path in (prompts.BUILT_IN / name).iterdir():
+    (folder / path.name).write_text(path.read_text())
+  for file, body in changes.items():
+    (folder / f'{file}.txt').write_text(body)
+  return folder
+
+
+def test_values_are_inserted_as_they_are():
+  for name in ('compact', 'think'):
+    assert '$price' in tasks.get('deduction').solve_prompt(TASK, prompts.load(name))
+
+
+def test_compact_prompts_end_in_an_open_response_that_is_read_back():
+  given = prompts.load('compact')
+  kind = tasks.get('deduction')
+  prompt = kind.propose_prompt([TASK], given)
+  assert prompt.endswith('\n\ndef f(')
+  response = "x):\n    return x * 2\nf('ab')\n\n"
+  well_formed, answer = given.extract(Role.PROPOSE, 'deduction', response)
+  assert well_formed
+  assert kind.parse_proposal(answer, []) == tasks.Proposal(
+      'def f(x):\n    return x * 2', ("'ab'",))
+
+
+@pytest.mark.parametrize(('kind', 'role', 'response', 'read'), [
+    ('deduction', 'solve', "'ab'\n", "'ab'"), ('abduction', 'solve', "('ab', 2)\n", "'ab', 2"),
+    ('error', 'solve', ' ValueError\n', 'ValueError'),
+    ('induction', 'solve', 'x):\n    return x\n\n', 'def f(x):\n    return x'),
+])
+def test_compact_answers_are_read(kind, role, response, read):
+  given = prompts.load('compact')
+  well_formed, answer = given.extract(role, kind, response)
+  assert well_formed and tasks.get(kind).parse_answer(answer) == read
+
+
+def test_a_cut_response_is_not_well_formed_unless_the_model_ended_it():
+  given = prompts.load('compact')
+  assert given.extract('solve', 'deduction', '12')[0] is False   # 12 may be the start of 1234
+  assert given.extract('solve', 'deduction', '12', finished=True) == (True, '```output\n12\n```')
+
+
+def test_stop_at_is_the_end_of_the_first_stop():
+  given = prompts.load('compact')
+  assert given.stop_at('solve', 'deduction', '12') is None
+  assert given.stop_at('solve', 'deduction', '12\n34\n') == 3
+  assert given.extract('solve', 'deduction', '12\n34\n')[1] == '```output\n12\n```'
+
+
+def test_every_stop_is_free_of_what_its_response_needs():
+  # A stop inside a well-formed response would cut it: the examples are such responses.
+  given = prompts.load('compact')
+  for kind, pages in given.examples.items():
+    for example in (e for page in pages for e in page):
+      for stop in given.stops('propose', kind):
+        assert stop not in example.program and stop not in example.message
+
+
+def test_think_prompts_open_the_thinking_and_stop_after_the_answer():
+  given = prompts.load('think')
+  kind = tasks.get('deduction')
+  assert kind.solve_prompt(TASK, given).endswith('Assistant: <think>')
+  assert given.stops(Role.SOLVE, 'deduction') == ('</answer>',)
+  response = ' easy </think>\n<answer>\n```output\n12\n```\n</answer>'
+  assert given.extract(Role.SOLVE, 'deduction', response) == (True, '```output\n12\n```')
+  assert given.extract(Role.SOLVE, 'deduction', ' easy <answer>12</answer>') == (False, '12')
+  assert given.extract(Role.SOLVE, 'deduction', 'no') == (False, '')
+
+
+@pytest.mark.parametrize(('response', 'result'), [
+    (r'so \boxed{12}', (True, '12')), ('so 12', (False, 'so 12'))])
+def test_boxed_wrapper(response, result):
+  given = prompts.load('think', 'boxed')
+  assert '\\boxed{}' in tasks.get('deduction').solve_prompt(TASK, given)
+  assert given.extract('solve', 'deduction', response) == result
+
+
+def test_no_wrapper_takes_the_whole_response():
+  given = prompts.load('think', 'none')
+  assert '<think>' not in tasks.get('deduction').solve_prompt(TASK, given)
+  assert given.extract('solve', 'deduction', '12') == (True, '12')
+
+
+def test_examples_vary_and_never_hand_over_the_answer():
+  given = prompts.load('compact')
+  kind = tasks.get('deduction')
+  assert len({kind.propose_prompt([], given, v) for v in range(20)}) == 20
+  assert kind.propose_prompt([], given, 3) == kind.propose_prompt([], given, 3)
+  for page in given.examples['deduction']:
+    for example in page:
+      for step in range(8):
+        shown = given.choose('solve', 'deduction', step, example.program)
+        assert example.program not in [e.program for e in shown]
+
+
+def test_equal_tasks_get_equal_solver_prompts():
+  given = prompts.load('compact')
+  assert given.solve(TASK) == given.solve(Task(**TASK.__dict__))
+
+
+def test_examples_say_the_truth():
+  # An example with a wrong output would teach wrong answers. They are ours, so they may run here.
+  for pages in prompts.load('compact').examples.values():
+    for example in (e for page in pages for e in page):
+      scope = {}
+      exec(example.program, scope)
+      for given, output in example.cases:
+        try:
+          value = repr(eval(f'f({given})', scope))
+          assert output in (value, 'NoError')
+        except Exception as error:  # the error kind stores its name
+          assert output == type(error).__name__
+
+
+def test_hash_follows_content_and_wrapper(tmp_path):
+  folder = _copy(tmp_path)
+  same = prompts.load(str(folder))
+  assert same.hash == prompts.load('compact').hash and len(same.hash) == 64
+  assert prompts.load('think').hash != prompts.load('think', 'boxed').hash
+  (folder / 'solve_deduction.txt').write_text('other $program $input')
+  prompts._load.cache_clear()
+  assert prompts.load(str(folder)).hash != same.hash
+
+
+def test_a_folder_of_ones_own_is_used_word_for_word(tmp_path):
+  folder = tmp_path / 'own'
+  folder.mkdir()
+  (folder / 'set.json').write_text(json.dumps(
+      {'version': 4, 'wrapper': 'r1', 'formats': {'solve_deduction': {'stops': ['END']}}}))
+  (folder / 'wrapper_r1.txt').write_text('U: $task\nA: <|response|><think>')
+  (folder / 'solve_deduction.txt').write_text('Run\n$program\non $input')
+  given = prompts.load(str(folder))
+  assert given.solve(TASK) == f"U: Run\n{SOURCE}\non 'a'\nA: <think>"
+  assert (given.version, given.stops('solve', 'deduction')) == (4, ('END',))
+  with pytest.raises(ValueError, match='has no solve_abduction.txt'):
+    given.render('solve', 'abduction')
+
+
+@pytest.mark.parametrize(('name', 'changes', 'words'), [
+    ('solve_deduction', 'costs $5', 'lone'),
+    ('solve_deduction', 'a<|response|>$input', 'no .field'),
+    ('solve_deduction', 'a<|response|>b<|response|>', 'at most one')])
+def test_a_malformed_template_is_refused(tmp_path, name, changes, words):
+  with pytest.raises(ValueError, match=words):
+    prompts.load(str(_copy(tmp_path, **{name: changes})))
+
+
+@pytest.mark.parametrize(('load', 'words'), [
+    (lambda: prompts.load('nowhere'), 'neither one of'),
+    (lambda: prompts.load('think', 'xml'), 'must be none or one of'),
+    (lambda: prompts.load('no.module:thing'), 'cannot be loaded')])
+def test_wrong_names_are_refused(load, words):
+  with pytest.raises(ValueError, match=words):
+    load()
+
+
+def test_a_malformed_set_is_refused(tmp_path):
+  folder = _copy(tmp_path)
+  (folder / 'set.json').write_text('{"wrapper": "none"}')
+  with pytest.raises(ValueError, match='malformed'):
+    prompts.load(str(folder))

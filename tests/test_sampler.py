@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sampler against the decoder and transformers; and batching that no result shows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_models
+
+from absolute_zero_jax import sampler, schedule
+from absolute_zero_jax.models import decoder, hf
+from absolute_zero_jax.models.config import ModelConfig
+
+CONFIG = ModelConfig('qwen2', vocab=61, embed=24, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=40,
+                     rope_theta=1e4, qkv_bias=True, tied=True)
+KEY = jax.random.key(7)
+
+
+@functools.cache
+def _params(seed=0):
+  r = np.random.default_rng(seed)
+  return jax.tree.map(
+      lambda s: jnp.asarray(r.normal(1.0 if s.axes[-1] == 'norm' else 0.0, 0.3, s.shape),
+                            jnp.float32),
+      decoder.param_specs(CONFIG), is_leaf=lambda s: hasattr(s, 'axes'))
+
+
+def _sampler(**changes):
+  options = dict(pad_id=0, stop_ids=[], slots=4, chunk=4, cache_block=16, max_prompt_tokens=96,
+                 max_new_tokens=24)
+  return sampler.Sampler(CONFIG, **options | changes)
+
+
+@functools.cache
+def _shared_sampler():
+  return _sampler()
+
+
+def _prompt(length, seed):
+  return tuple(np.random.default_rng(seed).integers(1, 61, length).tolist())
+
+
+def _ids(results):
+  return [[s.ids for s in samples] for samples in results]
+
+
+@functools.cache
+def _logprobs(prompt, ids):
+  x = jnp.asarray([(prompt + ids + (0,) * 128)[:128]])         # one compiled shape
+  logits_TV = jax.jit(decoder.logits, static_argnums=0)(CONFIG, _params(), x)[0]
+  at = len(prompt) - 1
+  return np.asarray(jax.nn.log_softmax(logits_TV[at:at + len(ids)], -1))
+
+
+def test_greedy_tokens_equal_those_of_transformers():
+  import torch
+  model = reference_models.make('qwen3_tied')
+  config = ModelConfig.from_hf(model.config.to_dict())
+  params = hf.assemble(config, {k: v.numpy() for k, v in model.state_dict().items()}.__getitem__)
+  ours = sampler.Sampler(config, pad_id=0, stop_ids=[], slots=4, chunk=8, cache_block=32,
+                         max_prompt_tokens=64, max_new_tokens=48)
+  prompts = [_prompt(n, n) for n in (1, 5, 33)]
+  out = ours.generate(params, [sampler.Request(p) for p in prompts], KEY, temperature=0)
+  for prompt, samples in zip(prompts, out):
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+      want = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                            max_new_tokens=48, min_new_tokens=48, eos_token_id=None,
+                            pad_token_id=0, bad_words_ids=[[0]])[0, len(prompt):].tolist()
+    got = list(samples[0].ids)
+    if got != want:
+      at = next(i for i, (a, b) in enumerate(zip(got, want)) if a != b)
+      text = torch.tensor([list(prompt) + want[:at]])
+      best = np.sort(reference_models.logits(model, text.numpy())[0, -1])[-2:]
+      assert best[1] - best[0] < 1e-4, (at, got[at], want[at], best)
+
+
+@pytest.mark.parametrize('options', [{}, {'temperature': 0.7, 'top_k': 9, 'top_p': 0.9}, {
+    'temperature': 0.0}], ids=str)
+def test_logprobs_are_those_of_the_decoder(options):
+  requests = [sampler.Request(_prompt(n, n), samples=k) for n, k in ((1, 2), (40, 1), (70, 3))]
+  out = _shared_sampler().generate(_params(), requests, KEY, **options)
+  for request, samples in zip(requests, out):
+    for s in samples:
+      assert len(s.ids) == len(s.model_logprobs) == len(s.sampler_logprobs) == 24
+      logp_TV = _logprobs(request.prompt_ids, s.ids)
+      np.testing.assert_allclose(s.model_logprobs, logp_TV[range(24), s.ids], atol=1e-5)
+      logp_TV = np.where(np.arange(61)[None] == 0, -np.inf, logp_TV)      # the pad id
+      if options.get('temperature') == 0:
+        assert list(s.ids) == logp_TV.argmax(-1).tolist() and not any(s.sampler_logprobs)
+      elif not options:
+        want = logp_TV - np.log(np.exp(logp_TV).sum(-1, keepdims=True))
+        np.testing.assert_allclose(s.sampler_logprobs, want[range(24), s.ids], atol=1e-5)
+      else:
+        assert all(a > b for a, b in zip(s.sampler_logprobs, s.model_logprobs))
+
+
+def test_neighbours_slots_and_order_do_not_change_a_row():
+  """Alone, in a full batch, behind a queue that refills, in reverse: the same tokens."""
+  requests = [sampler.Request(_prompt(n, n), samples=k, max_new_tokens=m, stream=n)
+              for n, k, m in ((3, 2, 24), (50, 1, 5), (9, 3, 11), (17, 1, 24), (33, 4, 2))]
+  together = _shared_sampler().generate(_params(), requests, KEY)
+  backwards = _shared_sampler().generate(_params(), requests[::-1], KEY)[::-1]
+  wide = _sampler(slots=16, chunk=7, cache_block=32).generate(_params(), requests, KEY)
+  alone = [_shared_sampler().generate(_params(), [r], KEY)[0] for r in requests]
+  assert _ids(together) == _ids(backwards) == _ids(wide) == _ids(alone)
+  for a, b in zip(together, alone):
+    for x, y in zip(a, b):
+      np.testing.assert_allclose(x.model_logprobs, y.model_logprobs, atol=1e-5)
+  assert [[len(i) for i in ids] for ids in _ids(together)] == (
+      [[24] * 2, [5], [11] * 3, [24], [2] * 4])
+
+
+def test_noise_differs_between_samples_streams_and_calls_and_repeats_with_the_key():
+  twice = [sampler.Request(_prompt(8, 1), samples=3), sampler.Request(_prompt(8, 1))]
+  first = _ids(_shared_sampler().generate(_params(), twice, KEY))
+  again = _ids(_shared_sampler().generate(_params(), twice, KEY))
+  other = _ids(_shared_sampler().generate(_params(), twice, jax.random.fold_in(KEY, 1)))
+  texts = [ids for results in (first, other) for samples in results for ids in samples]
+  assert first == again and len(set(texts)) == 8
+
+
+def test_a_stop_token_ends_a_row_and_stays_in_it():
+  requests = [sampler.Request(_prompt(6, i), samples=4) for i in range(3)]
+  free = _ids(_shared_sampler().generate(_params(), requests, KEY))
+  stops = {5, 23, 42, 60}
+  out = _sampler(stop_ids=stops).generate(_params(), requests, KEY)
+  ended = 0
+  for samples, ids in zip(out, free):
+    for s, full in zip(samples, ids):
+      at = next((i for i, token in enumerate(full) if token in stops), None)
+      want = full if at is None else full[:at + 1]
+      assert s.ids == want and len(s.model_logprobs) == len(want)
+      assert s.finish == ('length' if at is None else 'stop')
+      ended += at is not None
+  assert ended >= 4
+
+
+def test_stop_fn_cuts_a_row_and_others_go_on():
+  seen = []
+
+  def stop_fn(request, ids):
+    seen.append((request, ids))
+    return 3 if request == 1 and len(ids) >= 3 else None
+
+  requests = [sampler.Request(_prompt(6, i)) for i in range(3)]
+  free = _ids(_shared_sampler().generate(_params(), requests, KEY))
+  out = _shared_sampler().generate(_params(), requests, KEY, stop_fn=stop_fn)
+  assert _ids(out) == [free[0], [free[1][0][:3]], free[2]]
+  assert [s[0].finish for s in out] == ['length', 'stop', 'length']
+  assert len(out[1][0].sampler_logprobs) == len(out[1][0].model_logprobs) == 3
+  assert [len(ids) for request, ids in seen if request == 0] == [4, 8, 12, 16, 20, 24]
+  assert [len(ids) for request, ids in seen if request == 1] == [4]
+
+
+def test_rows_leave_as_they_finish():
+  left, steps = [], []
+  requests = [sampler.Request(_prompt(4, i), max_new_tokens=m) for i, m in enumerate((24, 2, 9))]
+  out = _shared_sampler().generate(_params(), requests, KEY, on_finish=left.append,
+                                   progress=lambda *counts: steps.append(counts))
+  assert [s.request for s in left] == [1, 2, 0] and left[0] is out[1][0]
+  assert steps[0] == (10, 1, 3) and steps[-1] == (35, 3, 3)
+
+
+def test_nothing_is_compiled_after_warm_up():
+  ours = _sampler()
+  requests = [sampler.Request(_prompt(n, n), samples=2) for n in (5, 20, 30)]
+  ours.generate(_params(), requests, KEY)
+  warm = ours.compilations()
+  for temperature, extra in ((0.0, {}), (0.5, {'top_k': 3}), (2.0, {'top_p': 0.4, 'min_p': 0.2})):
+    changed = [sampler.Request(_prompt(n + 1, n), samples=2) for n in (3, 24, 29)]
+    ours.generate(_params(), changed, jax.random.key(9), temperature=temperature, **extra)
+  ours.generate(_params(1), requests, KEY)                      # another update of the weights
+  assert ours.compilations() == warm == ours.stats()['programs']
+  assert ours.stats()['tokens'] == 5 * 6 * 24
+
+
+def test_few_shapes_serve_all_lengths_once_the_cap_is_reached():
+  ours = _sampler(max_programs=1)
+  lengths = ((90, 24), (5, 3), (9, 9))
+  requests = [sampler.Request(_prompt(n, n), max_new_tokens=m) for n, m in lengths]
+  want = _ids(_sampler().generate(_params(), requests, KEY))
+  assert _ids(ours.generate(_params(), requests[:1], KEY)) == want[:1]
+  assert _ids(ours.generate(_params(), requests, KEY)) == want
+  small = [sampler.Request(_prompt(9, 9), max_new_tokens=9, stream=2)]
+  assert _ids(ours.generate(_params(), small, KEY)) == want[2:]
+  decode = [key for key in ours._programs.compiled if key[0] == 'decode']
+  assert len(decode) <= 3                      # uncapped: 5
+
+
+def test_prompts_and_prefixes_are_prefilled_once():
+  begin = _prompt(60, 0)
+  requests = [sampler.Request(begin + _prompt(n, n), samples=8) for n in (5, 6, 7)]
+  requests += [sampler.Request(begin + (1,)), sampler.Request(_prompt(3, 3))]
+  ours = _sampler(slots=32)
+  out = ours.generate(_params(), requests, KEY, temperature=0.0)
+  assert ours.stats()['prefill_tokens'] == 60 + 4 + 5 + 6 + 2   # of 8 * 198 + 64 tokens
+  for request, samples in zip(requests, out):
+    logp_TV = _logprobs(request.prompt_ids, samples[0].ids)
+    assert len({s.ids for s in samples}) == 1
+    np.testing.assert_allclose(samples[0].model_logprobs, logp_TV[range(24), samples[0].ids],
+                               atol=1e-5)
+
+
+def test_weights_are_prepared_once_per_update_and_released():
+  ours, requests = _sampler(), [sampler.Request(_prompt(5, 5))]
+  ours.generate(_params(), requests, KEY)
+  made = ours._prepared[2]
+  ours.generate(_params(), requests, KEY)
+  assert ours._prepared[2] is made
+  changed = jax.tree.map(lambda x: x + 0.1, _params())
+  a, b = (_ids(ours.generate(p, requests, KEY)) for p in (changed, _params()))
+  assert a != b and ours._prepared[2] is not made
+  ours.release()
+  assert ours._prepared is None
+  host = jax.tree.map(np.array, _params())
+  assert _ids(ours.generate(host, requests, KEY)) == b
+  host['embed'][:] *= -1                                         # changed in place
+  assert _ids(ours.generate(host, requests, KEY)) != b
+
+
+def test_nothing_to_do_is_done():
+  assert _shared_sampler().generate(_params(), [], KEY) == []
+
+
+@pytest.mark.parametrize('request_, message', [
+    (sampler.Request(()), 'prompt of 0 tokens; allowed are 1 to max_prompt_tokens=96'),
+    (sampler.Request((1,) * 97), 'prompt of 97 tokens'),
+    (sampler.Request((1, 61)), 'token ids from 1 to 61'),
+    (sampler.Request((1,), max_new_tokens=25), 'max_new_tokens=25.*max_new_tokens=24'),
+    (sampler.Request((1,), samples=0), 'samples=0')])
+def test_impossible_requests_are_refused_before_any_work(request_, message):
+  done = []
+  with pytest.raises(ValueError, match=message):
+    _shared_sampler().generate(_params(), [sampler.Request((1,)), request_], KEY,
+                               on_finish=done.append)
+  assert not done
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'slots': 0}, 'slots=0'), ({'pad_id': 61}, 'pad_id=61'),
+    ({'stop_ids': [3, -1]}, 'stop_ids=-1')])
+def test_impossible_samplers_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    _sampler(**changes)
+
+
+def test_schedules():
+  assert schedule.ladder(64, 600) == (64, 96, 128, 192, 256, 384, 512, 768)
+  assert schedule.fit((64, 96, 128), 65) == 96
+  assert [schedule.width(n) for n in (1, 2, 3, 33)] == [1, 2, 4, 64]
+  assert schedule.width(3, shards=6) == 6 and schedule.width(7, shards=6) == 12
+  assert schedule.batches(23, 64) == [16, 4, 1, 1, 1] and schedule.batches(5, 2) == [1] * 5
+  with pytest.raises(ValueError, match='holds 129'):
+    schedule.fit((64, 128), 129)
+
+
+def test_shared_prefixes_save_the_most_tokens():
+  a, b = tuple(range(40)), tuple(range(100, 150))
+  contexts = [a + (1,), a + (2,), a, b + (1,), b + (2, 3), (7,), ()]
+  found = schedule.shared_prefixes(contexts, 32)
+  assert found == {a + (1,): a, a + (2,): a, a: a, b + (1,): b, b + (2, 3): b, (7,): (), (): ()}
+  # One prefix of 40 for nine rows saves more than one of 60 for two of them.
+  deep = [a + (i,) for i in range(7)] + [a + tuple(range(50, 70)) + (i,) for i in range(2)]
+  assert {len(p) for p in schedule.shared_prefixes(deep, 32).values()} == {40}
+  assert set(schedule.shared_prefixes([a + (1,), a + (2,)], 41).values()) == {()}

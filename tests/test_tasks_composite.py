@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Composite proposals: schedule, drawing, and the check that f builds on what it was given."""
+
+import numpy as np
+import pytest
+
+from absolute_zero_jax import buffer, tasks
+from absolute_zero_jax.tasks import composite, program, prompts
+from absolute_zero_jax.types import Task
+
+
+def _parts(count=1):
+  return [Task(composite.KIND, f'def g_{i}(x):\n    return x + {i}', ()) for i in range(count)]
+
+
+@pytest.mark.parametrize(('step', 'count', 'chance'), [
+    (100, 0, 0.0), (101, 1, 0.1), (150, 1, 0.1), (151, 2, 0.11), (201, 3, 0.12), (301, 3, 0.14),
+    (99_999, 3, 0.8)])
+def test_schedule_of_the_reference(step, count, chance):
+  schedule = composite.Schedule(every_steps=50, chance=0.1)
+  assert schedule.at(step) == (count, pytest.approx(chance))
+
+
+def test_it_is_off_by_default():
+  made = buffer.TaskBuffer()
+  made.extend(tasks.get('deduction').seeds())
+  kind = tasks.get('deduction')
+  for seed in range(20):
+    assert len(kind.references(made, np.random.default_rng(seed), 6)) == 1
+
+
+@pytest.mark.parametrize(('source', 'reason'), [
+    ('def f(a):\n  return g_0(a) * 2', ''),
+    ('def f(a):\n  return sum(g_0(x) for x in range(a))', ''),          # the reference refuses both
+    ('def f(a):\n  for i in range(a):\n    a += g_0(len(str(i)))\n  return a', ''),
+    ('def f(a):\n  return a', 'composite_unused'),
+    ('def f(a):\n  return g_0(1) + a', 'composite_unused'),
+    ('def f(a):\n  return g_0(a)', 'composite_wrapper'),
+    ('def g_0(x):\n  return 1\ndef f(a):\n  return g_0(a) + 1', 'composite_redefined'),
+    ('def f(a):\n  g_0 = len\n  return g_0(a) + 1', 'composite_redefined'),
+    ('def h(a):\n  return g_0(a)\ndef f(a):\n  return a', 'composite_unused'),
+])
+def test_f_must_build_on_the_parts(source, reason):
+  assert composite.refusal(source, _parts()) == reason
+
+
+def test_every_part_must_be_called():
+  assert composite.refusal('def f(a):\n  return g_0(a) + 1', _parts(2)) == 'composite_unused'
+  assert composite.refusal('def f(a):\n  return g_0(a) + g_1(a)', _parts(2)) == ''
+
+
+def test_a_composite_proposal_goes_the_whole_way():
+  schedule = composite.Schedule(start_step=0, count_max=2, count_min=2, chance=1.0)
+  kind = tasks.get('deduction', composites=schedule)
+  made = buffer.TaskBuffer()
+  for n in range(5):
+    source = f'def f(x):\n    return f(x - 1) if x > 9 else x * {n}'
+    made.add(Task('deduction', source, (('3', '1'),), key=str(n)))
+  made.add(Task('deduction', 'def h(x): return x\ndef f(x): return h(x)', (('3', '1'),), key='h'))
+  references = kind.references(made, np.random.default_rng(0), 2)
+  plain, parts = composite.split(references)
+  assert (len(plain), len(parts)) == (2, 2)
+  prompt = kind.propose_prompt(references, prompts.load('think'))
+  assert all(part.program in prompt for part in parts) and 'g_0, g_1' in prompt
+  answer = '```python\ndef f(x):\n    return g_0(x) + g_1(x)\n```\n```input\n3\n```'
+  proposal = kind.parse_proposal(answer, references)
+  scope = {}
+  exec(proposal.program, scope)
+  assert isinstance(scope['f'](12), int)
+  assert proposal.extra['composite_functions'] == [part.program for part in parts]
+  assert 'g_' not in kind.propose_prompt(plain, prompts.load('think'))
+
+
+def test_composites_do_not_nest_and_names_do_not_collide():
+  made = buffer.TaskBuffer()
+  helper = 'def h(x): return x\ndef f(x): return h(x) + {}'
+  for n in range(4):
+    made.add(Task('deduction', helper.format(n), (('3', '1'),), key=str(n)))
+  made.add(Task('deduction', 'def f(x): return x', (('3', '1'),), key='c',
+                extra={'composite_functions': ['x']}))
+  schedule = composite.Schedule(start_step=0, count_min=3, count_max=3, chance=1.0)
+  parts = composite.draw(made, 'deduction', np.random.default_rng(0), schedule)
+  assert len(parts) == 1           # the others define h too, or are composites
+
+
+def test_a_set_without_the_template_says_so():
+  with pytest.raises(ValueError, match='no composite.txt'):
+    tasks.get('deduction').propose_prompt(_parts(), prompts.load('compact'))
+
+
+def test_renaming_f_is_refused_where_it_could_change_meaning():
+  found = program.renamed('def f(x):\n  return f(x - 1)', 'g_0')
+  assert found == 'def g_0(x):\n  return g_0(x - 1)'
+  assert program.renamed('def f(x):\n  f = 1\n  return f', 'g_0') is None
+  assert program.renamed('def f(x):\n  return g_0', 'g_0') is None

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs as proposed: naming f, clean-ups, refusals, hashing."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import pytest
+
+from absolute_zero_jax.tasks import program
+
+A_THEN_B = 'def a(x):\n  return b(x)\ndef b(x):\n  return x\n'
+F_LAST = 'def g(x):\n  return x\ndef f(x):\n  return g(x)'
+F_FIRST = 'def f(x):\n  return g(x)\ndef g(x):\n  return x'
+
+
+def _prepare(source, **rules):
+  return program.prepare(source, program.Rules(**rules))
+
+
+@pytest.mark.parametrize(('source', 'mode', 'result'), [
+    (A_THEN_B, 'any_last', 'def a(x):\n  return f(x)\ndef f(x):\n  return x'),
+    (A_THEN_B, 'any_first', 'def f(x):\n  return b(x)\ndef b(x):\n  return x'),
+    (A_THEN_B, 'not_first', 'def f(x):\n  return b(x)\ndef b(x):\n  return x'),
+    (A_THEN_B, 'not_last', 'def a(x):\n  return f(x)\ndef f(x):\n  return x'),
+    (A_THEN_B, 'never', 'no_function'),
+    (F_LAST, 'any_first', F_LAST), (F_LAST, 'not_last', F_LAST),
+    (F_LAST, 'not_first', 'name_clash'), (F_FIRST, 'not_last', 'name_clash'),
+    (F_FIRST, 'any_last', F_FIRST),
+    ('def go(n):\n  return go(n - 1) if n else "go"  # go', 'any_last',
+     'def f(n):\n  return f(n - 1) if n else "go"  # go'),
+    ('def main(x):\n  é = "é"; return main(x), é', 'any_last',
+     'def f(x):\n  é = "é"; return f(x), é'),
+    ('def g(x):\n  g = 1\n  return g + x', 'any_last', 'name_clash'),
+    ('async def f(x):\n  return x', 'any_last', 'no_function'),
+    ('class A:\n  def f(self):\n    return 1', 'any_last', 'no_function'),
+    ('x = 1', 'any_last', 'no_function'),
+])
+def test_the_main_function_becomes_f(source, mode, result):
+  found = _prepare(source, rename=mode)
+  assert (found if isinstance(found, str) else found.source) == result
+
+
+@pytest.mark.parametrize(('source', 'rules', 'reason'), [
+    ('def f(x:', {}, 'syntax'), ('def f():\n  return 1', {}, 'no_parameters'),
+    ('def f(x):\n  return 1', {}, 'constant'), ('x' * 9000, {}, 'program_too_long'),
+    ('def f(x):\n  return x\0', {}, 'syntax'),
+    (F_LAST, {'functions': 'one_top_level'}, 'several_functions'),
+    ('def f(x):\n  def g(y):\n    return y\n  return g(x)', {'functions': 'one'},
+     'several_functions'),
+    ('import random\ndef f(x):\n  return x', {'banned_words': program.AZR_BANNED_WORDS},
+     'banned_word'),
+    ('from a.time import b\ndef f(x):\n  return x', {'banned_words': ('time',)}, 'banned_word'),
+    ('def f(x):\n  assert x\n  return x', {'reject_inner_tests': True}, 'inner_test'),
+])
+def test_refusals(source, rules, reason):
+  assert _prepare(source, **rules) == reason
+
+
+@pytest.mark.parametrize('source', [
+    'def f(x):\n  def g(y):\n    return y\n  return g(x)',
+    'class A:\n  def m(self):\n    return 1\ndef f(x):\n  return A().m() + x',
+])
+def test_nested_functions_and_methods_are_one_top_level_function(source):
+  assert _prepare(source, functions='one_top_level').source == source
+
+
+def test_comments_stay_unless_cleaned():
+  source = '# plan\nimport re\ndef f(x):\n  "doc"\n  print(x)  # why\n  return x\ny = 2'
+  assert _prepare(source).source == source
+  cleaned = _prepare(source, clean=('comments', 'globals', 'prints')).source
+  assert cleaned == 'import re\n\ndef f(x):\n    pass\n    return x'
+
+
+@pytest.mark.parametrize('call', ["f('a')", "print(f('a'))", "assert f('a') == 'a'"])
+def test_a_trailing_call_is_the_input(call):
+  found = _prepare(f'def f(x):\n  return x\n\n{call}')
+  assert found == program.Program('def f(x):\n  return x', "'a'")
+
+
+@pytest.mark.parametrize('option', [
+    {'rename': 'best'}, {'functions': 'two'}, {'clean': ('all',)}, {'fence': 'middle'}])
+def test_unknown_rules_are_refused(option):
+  with pytest.raises(ValueError, match='allowed|must be one of'):
+    program.Rules(**option)
+
+
+SAME = 'def f(a, b):\n  c = a + b\n  return c * 2'
+
+
+@pytest.mark.parametrize('other', [
+    'def f(x, y):\n  "doc"\n  # sum\n  z = (x + y)\n  return z*2', SAME + '\n\n'])
+def test_renamed_or_reformatted_copies_have_one_key(other):
+  assert program.key('k', SAME) == program.key('k', other)
+
+
+@pytest.mark.parametrize('other', [
+    'def f(a, b):\n  c = b + a\n  return c * 2',       # crossed names
+    'def f(a, b):\n  c = a + b\n  return c * 3',
+    'def f(a, b):\n  c = a + b\n  return d * 2',       # d is not bound here
+    'def g(a, b):\n  c = a + b\n  return c * 2',
+])
+def test_different_programs_have_different_keys(other):
+  assert program.key('k', SAME) != program.key('k', other)
+
+
+def test_key_covers_kind_and_inputs_and_odd_text():
+  assert len({program.key('k', SAME), program.key('l', SAME), program.key('k', SAME, ['1']),
+              program.key('k', SAME, ['2']), program.key('k', 'no python ('),
+              program.key('k', '"\ud800"')}) == 6
+
+
+def test_a_renamed_method_is_another_program():
+  one = 'class A:\n  def go(self): return 1\ndef f(x): return A().go() + x'
+  assert program.key('k', one) != program.key('k', one.replace('def go', 'def no'))
+
+
+def test_imports_of_the_task_are_put_on_top_once():
+  lines = program.imports('import re\nfrom a import b as c\ndef f(x): return x')
+  assert lines == ['import re', 'from a import b as c']
+  assert program.with_imports('import re\nx', lines) == 'from a import b as c\nimport re\nx'
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=120))
+def test_any_text_gives_a_program_or_a_reason(source):
+  found = _prepare(source)
+  assert isinstance(found, str | program.Program)
+  program.key('k', source)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs of a tiny model: everything is written, and a killed run continues bit for bit."""
+
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+
+from absolute_zero_jax import checkpoint, config, records, train
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def _config(steps=2):
+  c = config.get_config()
+  c.model.name = 'random:llama,vocab=259,embed=32,layers=2,heads=2,kv_heads=1,head_dim=16,ffn=64'
+  c.model.tokenizer = 'bytes'
+  c.train.steps = steps
+  c.train.micro_batch_tokens = 8192
+  c.selfplay.batch, c.selfplay.mc_samples, c.selfplay.references = 2, 2, 1
+  c.selfplay.induction_cases = 4
+  c.selfplay.kinds = ('deduction', 'induction')
+  c.sampler.slots, c.sampler.max_prompt_tokens = 4, 4096
+  c.sampler.max_propose_tokens = c.sampler.max_solve_tokens = 16
+  c.optimizer.learning_rate = 1e-3
+  c.algorithm.entropy_coef = 0.1           # random text earns -1 throughout: this still moves it
+  c.checkpoint.every_steps = 1
+  return c
+
+
+def _episodes(workdir):
+  files = sorted((epath.Path(workdir) / 'episodes').glob('*.gz'))
+  return [[records.to_json(e) for e in records.read(f)] for f in files]
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('run') / 'whole'
+  stream = io.StringIO()
+  finished = train.run(_config(), workdir, stream=stream)
+  return workdir, stream.getvalue(), finished
+
+
+def test_a_run_writes_everything_it_promises(uninterrupted):
+  workdir, printed, finished = uninterrupted
+  assert finished.step == 2
+  assert sorted(p.name for p in workdir.iterdir()) == [
+      'checkpoints', 'config.json', 'episodes', 'export', 'metrics.jsonl', 'tensorboard']
+  for words in ('iteration 2/2', 'valid proposals', 'learnability', 'tokens/s', 'time: '):
+    assert words in printed
+  lines = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert [x['step'] for x in lines] == [1, 2]
+  assert {'propose_deduction/valid_rate', 'solve_induction/accuracy', 'train/grad_norm',
+          'time/decode', 'sampler/tokens_per_s', 'buffer/deduction'} <= set(lines[0])
+  first = _episodes(workdir)[0]
+  assert len(first) == 2 * (2 + 2) and all(e['version'] == 1 for e in first)
+  assert all(len(e['turns'][0]['model_logprobs']) == len(e['turns'][0]['response_ids'])
+             for e in first)
+
+
+def test_the_second_iteration_compiles_nothing(uninterrupted):
+  lines = [json.loads(x)
+           for x in (uninterrupted[0] / 'metrics.jsonl').read_text().splitlines()]
+  assert lines[1]['compilations'] == lines[0]['compilations']
+
+
+def test_weights_moved_and_the_export_holds_them(uninterrupted):
+  from absolute_zero_jax.models import hf, loading
+  workdir, _, finished = uninterrupted
+  _, start, _ = loading.load(_config().model.name, key=jax.random.key(0))
+  _, exported = hf.load(workdir / 'export')
+  moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()),
+                       exported, start)
+  assert max(jax.tree.leaves(moved)) > 1e-4
+  jax.tree.map(np.testing.assert_array_equal, exported, jax.device_get(finished.state.params))
+
+
+def test_a_run_in_two_parts_equals_an_uninterrupted_one(uninterrupted, tmp_path):
+  whole, _, finished = uninterrupted
+  train.run(_config(steps=1), tmp_path, stream=io.StringIO())
+  stream = io.StringIO()
+  second = train.run(_config(steps=2), tmp_path, stream=stream)
+  assert 'continues after iteration 1' in stream.getvalue()
+  assert _episodes(tmp_path) == _episodes(whole)
+  assert second.host_state() == finished.host_state()
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(second.state),
+               jax.device_get(finished.state))
+
+
+@pytest.mark.parametrize('changes', [
+    {'lora.rank': 2},
+    {'roles.propose': 'base', 'selfplay.train_propose': False},
+    {'roles.reference': 'base', 'algorithm.kl_coef': 0.1},
+    {'algorithm.old_logprobs': 'recompute', 'algorithm.mini_batches': 2},
+], ids=lambda c: next(iter(c)))
+def test_options_run_resume_and_move_the_policy(changes, tmp_path):
+  def c(steps):
+    out = _config(steps)
+    out.update_from_flattened_dict(changes)
+    return out
+  train.run(c(1), tmp_path, stream=io.StringIO())
+  finished = train.run(c(2), tmp_path, stream=io.StringIO())
+  assert finished.step == 2
+  moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()),
+                       finished.policy(), train.Run(c(2)).policy())
+  assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_another_config_is_refused_in_the_same_workdir(uninterrupted):
+  c = _config()
+  c.optimizer.learning_rate = 2e-3
+  with pytest.raises(checkpoint.CheckpointError, match='optimizer.learning_rate'):
+    train.run(c, uninterrupted[0], stream=io.StringIO())
+
+
+def test_a_full_disk_is_named_before_the_write(uninterrupted, tmp_path, monkeypatch):
+  usage = type('Usage', (), {'free': 1000})
+  monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: usage)
+  with pytest.raises(OSError, match='no space for a checkpoint'):
+    train.run(_config(), tmp_path, stream=io.StringIO())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_process_continues_where_it_was(how, tmp_path):
+  args = [sys.executable, '-m', 'absolute_zero_jax.main', '--config', 'configs/smoke.py',
+          '--workdir', str(tmp_path), '--config.train.steps=3']
+  first = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True, start_new_session=True)
+  deadline = time.monotonic() + 300
+  while not (tmp_path / 'episodes' / '000001.jsonl.gz').exists():
+    assert time.monotonic() < deadline and first.poll() is None
+    time.sleep(0.1)
+  os.kill(first.pid, how)
+  _, errors = first.communicate(timeout=60)
+  assert first.returncode != 0
+  if how != signal.SIGKILL:
+    assert 'Interrupted' in errors and 'Traceback' not in errors
+  again = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert again.returncode == 0, again.stderr
+  assert 'continues after iteration' in again.stdout or 'iteration 1/3' in again.stdout
+  assert len(_episodes(tmp_path)) == 3
