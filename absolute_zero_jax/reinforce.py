@@ -190,7 +190,7 @@ def kl(gap, kind: str, xp=jnp):
 
 
 def importance_weights(gap_M: jax.Array, kind: str, cap: float) -> jax.Array:
-  """Weights exp(gap) of trainer against sampler, truncated to `cap`, or masked outside its range."""
+  """exp(gap) of trainer against sampler: cut to `cap`, or 0 outside [1 / cap, cap]."""
   if kind == 'none':
     return jnp.ones_like(gap_M)
   weight_M = jnp.exp(jnp.clip(gap_M, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))

@@ -40,7 +40,7 @@ from absolute_zero_jax import learner as learner_lib
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax import tokenizer as tokenizer_lib
 from absolute_zero_jax.models import decoder, hf, hub, loading
-from absolute_zero_jax.tasks import program
+from absolute_zero_jax.tasks import program, seed_files
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Episode, Role
 
@@ -67,6 +67,7 @@ class Run:
 
   Args:
     progress: called with one line of text when something that takes long begins or ends.
+    fresh: False leaves weights and seed tasks to `restore`, which must follow.
 
   Raises:
     ValueError: before any work, for a config that cannot work; while loading, for a model,
@@ -74,7 +75,7 @@ class Run:
   """
 
   def __init__(self, c: config_lib.ConfigDict, *, progress: Callable[[str], None] | None = None,
-               console: metrics.Console | None = None, load_weights: bool = True):
+               console: metrics.Console | None = None, fresh: bool = True):
     config_lib.validate(c)
     self.c = c
     self.step = 0
@@ -82,12 +83,12 @@ class Run:
     self._console = console or metrics.Console(io.StringIO())
     self._closers = contextlib.ExitStack()
     try:
-      self._build(load_weights)
+      self._build(fresh)
     except BaseException:
       self.close()
       raise
 
-  def _build(self, load_weights: bool) -> None:
+  def _build(self, fresh: bool) -> None:
     """The only place where names in the config become objects."""
     c = self.c
     self.prompts = prompts_lib.load(c.selfplay.prompts)
@@ -113,7 +114,7 @@ class Run:
     self.mesh = sharding.make_mesh(**_plain(c.mesh))
     self.key = jax.random.key(c.seed)
     start = time.perf_counter()
-    self.model, params, self.source = self._load_model() if load_weights else self._shapes_only()
+    self.model, params, self.source = self._load_model() if fresh else self._shapes_only()
     self.tokenizer = tokenizer_lib.load(c.model.tokenizer or self.source)
     self.tokenizer.check(self.model.vocab)
     self._say(f'model: {c.model.name}, {_count(decoder.param_specs(self.model)) / 1e6:.0f}M '
@@ -145,6 +146,8 @@ class Run:
         eviction=c.selfplay.eviction, seed=c.seed)
     for kind in self.kinds:
       self.buffer.extend(kind.seeds())
+    if fresh and c.selfplay.seeds:
+      self._add_seed_files(epath.Path(c.selfplay.seeds))
     self.rules = selfplay.Rules(max_prompt_tokens=c.sampler.max_prompt_tokens,
                                 **{k: c.selfplay[k] for k in _RULES})
     self.tools = selfplay.Tools(kinds=self.kinds, prompts=self.prompts, tokenizer=self.tokenizer,
@@ -256,6 +259,21 @@ class Run:
         rules['banned_words'] = program.AZR_BANNED_WORDS
       options['rules'] = tasks.Rules(**rules)
     return tasks.get(name, cases=c.selfplay.induction_cases, score=c.reward.induction, **options)
+
+  def _add_seed_files(self, path: epath.Path) -> None:
+    """Validates the tasks of jsonl seed files and adds those that pass, for every kind they fit."""
+    files = sorted(path.glob('*.jsonl')) if path.is_dir() else [path]
+    if not files or not path.exists():
+      raise ValueError(f'selfplay.seeds={str(path)!r} is no .jsonl file and no folder of them.')
+    kinds = {k.name: k for k in self.kinds}
+    proposals = [p for file in files for p in seed_files.read(file)]
+    todo = [(kinds[name], p) for p in proposals for name in seed_files.kinds_of(p)
+            if name in kinds]
+    jobs = [(kind, p, [self.executor.submit(j) for j in kind.validation_jobs(p)])
+            for kind, p in todo]
+    found = [kind.to_task(p, [f.result() for f in pending], 0) for kind, p, pending in jobs]
+    added = self.buffer.extend(t for t in found if not isinstance(t, str))
+    self._say(f'seeds: {added} of {len(todo)} tasks from {path} passed validation')
 
   def _load_model(self):
     return loading.load(

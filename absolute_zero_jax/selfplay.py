@@ -126,7 +126,7 @@ def iterate(step: int, buffer: buffer_lib.TaskBuffer, tools: Tools, rules: Rules
     episodes += [_episode(a, step, tools.rewards.solve(a), train=True) for g in solved for a in g]
     episodes += [_episode(a, step, tools.rewards.solve(a), train=rules.mc_use == 'train')
                  for g in measured for a in g]
-  for a in proposals:         # after the rewards: diversity terms compare with what was there before
+  for a in proposals:    # after the rewards: diversity terms compare with what was there before
     if a.status == 'ok':
       buffer.count_types(a.task)
   return Result(proposals, [a for g in measured for a in g], [a for g in solved for a in g],

@@ -41,7 +41,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     stack.callback(checkpoints.close)
     latest = checkpoints.latest()
     current = stack.enter_context(Run(c, progress=console.stamp, console=console,
-                                      load_weights=latest is None))
+                                      fresh=latest is None))
     if latest is not None:
       current.restore(checkpoints, latest)
       console.stamp(f'continues after iteration {latest} of {c.train.steps}')

@@ -326,10 +326,9 @@ def _reference_step(pool, deduction, abduction, induction):
     for i, _ in cases:
       check(p, i)
       calls += 1
-  for _, _, o in deduction:
-    assert (
-      all(eval(o) == eval(o) for _ in range(9)) or True
-    )  # in the trainer, as the reference does
+  for _, _, o in deduction:        # in the trainer, as the reference does
+    for _ in range(9):
+      eval(f'eval({o!r}) == eval({o!r})')
   for k, (p, i, o) in enumerate(abduction):
     for answer in [*_answers(abduction, k), i]:
       verify(p, answer, o)

@@ -103,6 +103,7 @@ def _torch(flags) -> dict:
   import transformers
 
   transformers.logging.set_verbosity_error()
+  transformers.logging.disable_progress_bar()
   folder = pathlib.Path(flags.folder)
   model = transformers.AutoModelForCausalLM.from_pretrained(
       folder / 'model', dtype=torch.float32, attn_implementation='sdpa').train()

@@ -28,5 +28,6 @@ def get_config(arg=None):
   c.executor.score_timeout_s = 2.0
   c.executor.memory_mb = 256
   c.optimizer.learning_rate = 1e-5
+  c.algorithm.skip_zero_rows = True
   c.checkpoint.every_steps = 1
   return c

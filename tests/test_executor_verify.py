@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trusted rules, driven with reports written by hand: no process is started here."""
 
+import socket
+import struct
+
+import hypothesis
+from hypothesis import strategies as st
 import pytest
 
-from absolute_zero_jax.executor import values, verify
+from absolute_zero_jax.executor import values, verify, workers
 from absolute_zero_jax.types import Job, Status
 
 _F = 'def f(x):\n  return x\n'
@@ -281,3 +286,34 @@ def test_a_forbidden_call_is_unsafe_unless_the_exception_is_the_answer():
     _trial(Job('run', _F, ('1',), ('PermissionError',), expect_error=True)), refused
   )
   assert verdict.status is Status.OK and verdict.runs[0].matches
+
+
+_FRAME = st.binary(max_size=40).map(lambda b: struct.pack('<I', len(b)) + b)
+_GOOD = st.sampled_from(
+  [b'[["v",["i",1]]]', b'[["x","KeyError"]]', b'[["m","NameError"]]', b'null']
+)
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(
+  st.lists(
+    _FRAME | _GOOD.map(lambda b: struct.pack('<I', len(b)) + b) | st.binary(max_size=20), max_size=8
+  )
+)
+def test_whatever_a_child_writes_ends_in_a_verdict(parts):
+  ours, theirs = socket.socketpair()
+  with ours, theirs:
+    ours.setblocking(False)
+    trial = _trial(Job('run', _F, ('1', '2', '3'), ('7', '7', '7')))
+    [unit] = trial.take()
+    child = workers.Child(1, ours, None)
+    child.start(None, unit)
+    theirs.sendall(b''.join(parts))
+    theirs.shutdown(socket.SHUT_WR)
+    while child.end is None:
+      child.receive()
+    trial.feed(unit, child.report(0, 0.0, 0, 512))
+    while trial.verdict is None:
+      for more in trial.take():
+        trial.feed(more, verify.Report((), Status.CRASHED))
+  assert len(trial.verdict.runs) == 3 and not any(run.matches for run in trial.verdict.runs)

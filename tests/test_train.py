@@ -115,6 +115,20 @@ def test_options_run_resume_and_move_the_policy(changes, tmp_path):
   assert max(jax.tree.leaves(moved)) > 0
 
 
+def test_seed_files_are_validated_and_added(shared_data):
+  c = _config()
+  c.selfplay.seeds = str(shared_data / 'azr_seeds' / '7b_seed_io.jsonl')
+  lines = []
+  with train.Run(c, progress=lines.append) as run:
+    kept = run.buffer.sizes()
+    assert 200 < kept['deduction'] <= 257 and kept['induction'] == 1
+    assert all(t.born_step == 0 for t in run.buffer.tasks('deduction'))
+  assert any('passed validation' in line for line in lines)
+  c.selfplay.seeds = 'nowhere'
+  with pytest.raises(ValueError, match='selfplay.seeds'):
+    train.Run(c)
+
+
 def test_another_config_is_refused_in_the_same_workdir(uninterrupted):
   c = _config()
   c.optimizer.learning_rate = 2e-3

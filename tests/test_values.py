@@ -3,6 +3,7 @@
 
 import json
 import math
+import time
 
 import hypothesis
 from hypothesis import strategies as st
@@ -466,6 +467,30 @@ def test_any_text_is_a_value_or_a_literal_error(text):
       parse(text)
     except literals.LiteralError:
       pass
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '[[0] * 9999] * 9999',
+    'str([[0] * 9999] * 9999)',
+    '{((0,) * 9999,) * 9999}',
+    '[[0] * 9999] * 9999 == [[0] * 9999] * 9999',
+    '[sum(y) for y in [list(range(9999))] for i in range(9999)]',
+    '[list(range(9999)) for i in range(9999)]',
+    '[2**9999 for i in range(9999)]',
+    "['x' * 9999 for i in range(9999)]",
+    'len(str([' + 'y, ' * 1000 + ']))'.replace('y', "'x' * 999"),
+    '[9999 in y for y in [list(range(9999))] for i in range(9999)]',
+    'sorted([[0] * 99] * 9999) * 99',
+  ],
+  ids=lambda text: text[:25],
+)
+def test_folding_is_cheap_whatever_the_text_asks_for(text):
+  began = time.process_time()
+  with pytest.raises(literals.LiteralError):
+    literals.parse_inputs(text)
+  assert time.process_time() - began < 0.5
 
 
 def test_a_call_of_f_in_an_input_asks_for_its_result():

@@ -147,6 +147,32 @@ def _literal_size(x: Any) -> int:
   return len(x) if isinstance(x, (str, bytes, list, tuple, dict, set, frozenset, range)) else 1
 
 
+def _total(x: Any) -> int:
+  """Members and characters at every depth, shared ones each time: what printing or comparing costs.
+
+  Raises:
+    LiteralError: more than `_MAX_LENGTH`; `[[0] * 9999] * 9999` is quick to make and slow to use.
+  """
+  total, todo = 0, [x]
+  while todo:
+    x = todo.pop()
+    t = type(x)
+    if t is str or t is bytes:
+      total += len(x)
+    elif t is dict:
+      total += 2 * len(x)
+      todo += x.keys()
+      todo += x.values()
+    elif t is list or t is tuple or t is set or t is frozenset:
+      total += len(x)
+      todo += x
+    elif t is int:
+      total += x.bit_length() >> 4
+    if total > _MAX_LENGTH:
+      raise LiteralError('too big')
+  return total
+
+
 def _bounded(x: Any) -> Any:
   if type(x) is int and x.bit_length() > _MAX_BITS:
     raise LiteralError('too big')
@@ -223,11 +249,21 @@ class _Folder:
     self._expressions, self._calls = expressions, calls
     self._budget = values.MAX_NODES
     self._names: dict[str, Any] = {}       # variables of the comprehensions being folded
+    self._has_grown = False                # values may be larger than the text that spells them
 
   def value(self, n: ast.expr) -> Any:
-    self._budget -= 1
+    self._charge(1)
+    made = self._value(n)
+    if self._has_grown:
+      self._charge(_total(made) >> 3)
+    return made
+
+  def _charge(self, cost: int) -> None:
+    self._budget -= cost
     if self._budget < 0:
       raise LiteralError('too big')
+
+  def _value(self, n: ast.expr) -> Any:
     t = type(n)
     if t is ast.Constant:
       return _bounded(n.value)
@@ -269,6 +305,7 @@ class _Folder:
     return _UNARY[type(n.op)](operand)
 
   def _binary(self, n: ast.BinOp) -> Any:
+    self._has_grown = True
     left, right = self.value(n.left), self.value(n.right)
     op = _BINARY.get(type(n.op))
     is_complex = (type(n.op) in (ast.Add, ast.Sub) and type(right) is complex
@@ -278,6 +315,7 @@ class _Folder:
     return _bounded(op(left, right))
 
   def _comprehension(self, n: ast.expr) -> Any:
+    self._has_grown = True
     made = []
     self._loop(n, n.generators, made)
     if type(n) is ast.DictComp:
@@ -294,7 +332,7 @@ class _Folder:
       raise LiteralError('comprehension')
     outer = dict(self._names)
     for member in self.value(first.iter):
-      self._budget -= 1
+      self._charge(1)
       self._names[first.target.id] = member
       if all(self.value(test) for test in first.ifs):
         self._loop(n, rest, made)
@@ -311,6 +349,7 @@ class _Folder:
     return True
 
   def _call(self, n: ast.Call) -> Any:
+    self._has_grown = True
     if any(k.arg is None for k in n.keywords):
       raise LiteralError('starred argument')
     args = [self.value(a) for a in n.args]

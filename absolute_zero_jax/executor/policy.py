@@ -206,7 +206,7 @@ class _Walk:
 @functools.cache
 def _children(t: type) -> tuple[str, ...]:
   """Fields of a node class that can hold names; contexts and operators (a third of all) cannot."""
-  return tuple(f for f in t._fields if f not in ('ctx', 'op', 'ops', 'lineno', 'kind', 'id', 'attr'))
+  return tuple(f for f in t._fields if f not in ('ctx', 'op', 'ops', 'kind', 'id', 'attr'))
 
 
 def _is_dunder(name: str) -> bool:

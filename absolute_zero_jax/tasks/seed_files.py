@@ -43,6 +43,11 @@ def read(path: str | pathlib.Path) -> list[program.Proposal]:
   return list(found.values())
 
 
+def kinds_of(proposal: program.Proposal) -> tuple[str, ...]:
+  """The kinds a row can become: induction when it has a message, else those of pairs."""
+  return ('induction',) if proposal.message else PAIR_KINDS
+
+
 def write(path: str | pathlib.Path, tasks: Sequence[Task]) -> None:
   """Writes tasks of one schema: all pairs, or all induction.
 
