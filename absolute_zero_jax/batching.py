@@ -55,7 +55,7 @@ class Programs:
   dtype: Any
   attention: str
   chunk: int
-  max_decode: int
+  most: int                      # decode shapes, and prefill shapes, before larger ones are reused
   prompt_sizes: tuple[int, ...]
   cache_sizes: tuple[int, ...]
   compiled: dict[tuple, Any] = dataclasses.field(default_factory=dict)
@@ -74,10 +74,26 @@ class Programs:
   def shape(self, width: int, size: int) -> tuple[int, int]:
     """(width, size) itself, or once too many shapes are compiled, one of those that holds it."""
     known = [key[1:] for key in self.compiled if key[0] == 'decode']
-    if (width, size) in known or len(known) < self.max_decode:
+    if (width, size) in known or len(known) < self.most:
       return width, size
     fitting = [shape for shape in known if shape[0] >= width and shape[1] >= size]
     return min(fitting, key=lambda s: s[0] * s[1], default=(width, size))
+
+  def prefill_shapes(self, prompts: int, size: int, ahead: int) -> list[tuple[int, int]]:
+    """(prompts, slots each) of the calls that prefill `prompts` of up to `size` tokens.
+
+    Once too many shapes are compiled, those are reused, and prompts that fit none go one by one.
+    """
+    exact = [(count, size) for count in schedule.batches(prompts, _PREFILL_TOKENS // size)]
+    known = [key[1] for key in self.compiled if key[0] == 'prefill']
+    if len(known) < self.most or all((*shape, ahead) in known for shape in exact):
+      return exact
+    shapes = []
+    while prompts:
+      fitting = [(k[0], k[1]) for k in known if k[2] == ahead and k[0] <= prompts and k[1] >= size]
+      shapes.append(max(fitting, key=lambda s: (s[0], -s[1]), default=(1, self.prompt_sizes[-1])))
+      prompts -= shapes[-1][0]
+    return shapes
 
 
 def layout(params: decoder.Params) -> tuple:
@@ -206,7 +222,7 @@ class Batch:
     resized = []
     for k, v in self.cache:
       resized.append(p.call(('resize', len(self.slots), self.size, width, size), function, k, v,
-                             np.array(order, np.int32), np.int32(self.slot)))
+                            np.array(order, np.int32), np.int32(self.slot)))
       k.delete()
       v.delete()
     slots = self.slots + [None] * (width - len(self.slots))
@@ -253,9 +269,10 @@ class Prompts:
       if not size:
         self.ready.append(self._prefix(prefix))
         continue
+      ahead = self._prefix(prefix).shape[1] if prefix else 0
       begin = 0
-      for count in schedule.batches(len(members), _PREFILL_TOKENS // size):
-        self.ready.append(self._compute(members[begin:begin + count], size, prefix))
+      for count, slots in self.programs.prefill_shapes(len(members), size, ahead):
+        self.ready.append(self._compute(members[begin:begin + count], slots, prefix))
         begin += count
     wanted = set(contexts)
     return [insert for insert in self.ready if wanted & insert.rows.keys()]
@@ -290,7 +307,7 @@ class Prompts:
                                  mesh=p.mesh)
     seen_A = (np.arange(ahead) >= ahead - len(prefix)).astype(np.int32) if before else None
     new = p.call(('prefill', shape, self.layout), function, self.params, tokens_BT, positions_BT,
-                  segments_BT, before.new if before else None, seen_A)
+                 segments_BT, before.new if before else None, seen_A)
     p.stats['prefill_tokens'] += sum(len(context) - len(prefix) for context in contexts)
     rows = {context: (b, len(context) - len(prefix)) for b, context in enumerate(contexts)}
     return _Insert(rows, new, before.new if before else None, shape)

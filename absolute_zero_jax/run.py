@@ -79,6 +79,7 @@ class Run:
     config_lib.validate(c)
     self.c = c
     self.step = 0
+    self.save_s = 0.0                 # of the last checkpoint, for the timeline
     self._say = progress or (lambda text: None)
     self._console = console or metrics.Console(io.StringIO())
     self._closers = contextlib.ExitStack()

@@ -69,7 +69,8 @@ class Sampler:
     cache_block: smallest cache size; further sizes are 1.5, 2, 3, 4, ... times it.
     dtype: of weights, activations and cache while generating.
     vocab: ids from here on are never drawn (a table padded beyond the tokenizer); 0: all may be.
-    max_programs: how many decode shapes may be compiled before larger compiled ones are reused.
+    max_programs: how many decode shapes, and how many prefill shapes, may be compiled before larger
+      compiled ones are reused.
 
   Raises ValueError for sizes below 1, and stop or pad ids outside the vocabulary.
   """

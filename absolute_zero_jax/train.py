@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import signal
+import tempfile
 import time
 
 from etils import epath
@@ -21,7 +22,8 @@ from absolute_zero_jax import config as config_lib
 from absolute_zero_jax.run import Run
 
 # May change between the parts of one run; anything else belongs to another run.
-FREE_FIELDS = ('train', 'log', 'checkpoint', 'mesh', 'executor', 'sampler.slots', 'sampler.chunk',
+FREE_FIELDS = ('train', 'log', 'checkpoint', 'mesh', 'executor.workers',
+               'executor.min_isolation', 'sampler.slots', 'sampler.chunk',
                'model.remat', 'model.attention')
 
 
@@ -49,11 +51,13 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     stack.callback(writer.close)
     stack.enter_context(_terminate_as_interrupt())
     history = metrics.read_history(workdir, current.step)
+    if current.step < c.train.steps:
+      console.stamp('plays; the first iteration also compiles, which a second start need not')
     while current.step < c.train.steps:
       history.append(_one_step(current, workdir, writer, console, checkpoints))
     checkpoints.wait()
     if c.checkpoint.export:
-      current.export(workdir / 'export')
+      _export(current, workdir / 'export')
     _print_summary(current, workdir, history, console)
     return current
 
@@ -84,21 +88,37 @@ def _one_step(current: Run, workdir, writer, console, checkpoints) -> dict[str, 
            else contextlib.nullcontext())
   with trace:
     it = current.iterate(on_proposal)
-  start = time.perf_counter()
-  if step % c.checkpoint.every_steps == 0 or step == c.train.steps:
-    _check_space(workdir, current.arrays())
-    checkpoints.save(step, current.arrays(), current.host_state())
+  # What is logged comes first: a checkpoint promises that its iterations are on disk. So an
+  # iteration's time to save is that of the checkpoint before it.
+  it.metrics['time/save'] = current.save_s
+  it.metrics['time/iteration'] += current.save_s
   records.write(workdir / 'episodes', step, it.episodes)
-  it.metrics['time/save'] = time.perf_counter() - start
-  it.metrics['time/iteration'] += it.metrics['time/save']
   writer.scalars(step, it.metrics)
   for name, text in summary.sample_texts(it.episodes, c.log.samples).items():
     writer.text(step, name, text)
   writer.flush()
+  start = time.perf_counter()
+  if step % c.checkpoint.every_steps == 0 or step == c.train.steps:
+    _check_space(workdir, current.arrays())
+    checkpoints.save(step, current.arrays(), current.host_state())
+  current.save_s = time.perf_counter() - start
   if step % c.log.every_steps == 0:
     console.stamp(summary.step_line(step, c.train.steps, it.metrics,
                                     [k.name for k in current.kinds]))
   return it.metrics
+
+
+def _export(current: Run, path: epath.Path) -> None:
+  """Exports to a local folder, or to a remote one through a temporary one."""
+  if '://' not in str(path):
+    current.export(path)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    local = epath.Path(folder) / 'export'
+    current.export(local)
+    path.mkdir(parents=True, exist_ok=True)
+    for file in local.iterdir():
+      file.copy(path / file.name, overwrite=True)
 
 
 def _print_summary(current: Run, workdir, history, console) -> None:

@@ -13,7 +13,7 @@ def get_config(arg=None):
   base.parse_arg(arg)
   c = base.get_config()
   c.train.steps = 3
-  c.train.micro_batch_tokens = 4096
+  c.train.micro_batch_tokens = 2048
   c.selfplay.batch = 8
   c.selfplay.mc_samples = 4
   c.selfplay.references = 2

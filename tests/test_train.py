@@ -143,8 +143,9 @@ def test_a_full_disk_is_named_before_the_write(uninterrupted, tmp_path, monkeypa
     train.run(_config(), tmp_path, stream=io.StringIO())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('how', [
+    signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_process_continues_where_it_was(how, tmp_path):
   args = [sys.executable, '-m', 'absolute_zero_jax.main', '--config', 'configs/smoke.py',
           '--workdir', str(tmp_path), '--config.train.steps=3']
