@@ -14,8 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Logits alive at once where `chunk` is 0: 96 MiB of float32, whatever the size of the vocabulary.
-_CHUNK_LOGITS = 512 * 49152
+# Logits alive at once where `chunk` is 0: 192 MiB of float32, whatever the size of the vocabulary.
+_CHUNK_LOGITS = 1024 * 49152
 
 
 def score(hidden_ND: jax.Array, unembed_VD: jax.Array, target_N: jax.Array, *,
@@ -31,7 +31,7 @@ def score(hidden_ND: jax.Array, unembed_VD: jax.Array, target_N: jax.Array, *,
 
   Args:
     chunk: tokens whose logits exist at the same time; N need not be a multiple. 0 takes as many as
-      give 96 MiB of logits.
+      give 192 MiB of logits.
   """
   logprob_BT, entropy_BT = score_blocks(
       hidden_ND[None], unembed_VD, target_N[None], temperature=temperature, chunk=chunk)
