@@ -33,7 +33,8 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   Writes config.json, checkpoints/, tensorboard/, metrics.jsonl, episodes/ and, at the end, export/.
   """
   config_lib.validate(c)
-  workdir = epath.Path(workdir)
+  # Orbax wants absolute paths; a URL is one.
+  workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
   console = metrics.Console(stream)
   checkpoint.claim(workdir, config_lib.to_json(c), free=FREE_FIELDS,
                    differences=config_lib.differences)
@@ -82,7 +83,7 @@ def _one_step(current: Run, workdir, writer, console, checkpoints) -> dict[str, 
     nonlocal shown
     if attempt.status == 'ok' and shown < c.log.samples:
       shown += 1
-      console.line(_proposal_text(attempt))
+      console.stamp(_proposal_text(attempt))
 
   trace = (jax.profiler.trace(str(workdir / 'profile')) if step == c.log.profile_step
            else contextlib.nullcontext())
@@ -139,7 +140,7 @@ def _proposal_text(attempt) -> str:
   task = attempt.task
   cases = '\n'.join(f'  f({i}) -> {o}' for i, o in task.cases)
   program = '\n'.join(f'    {line}' for line in task.program.splitlines())
-  return f'  proposed {task.kind}:\n{program}\n{cases}'
+  return f'proposed {task.kind}:\n{program}\n{cases}'
 
 
 def _check_space(workdir, arrays) -> None:

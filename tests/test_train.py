@@ -84,11 +84,12 @@ def test_weights_moved_and_the_export_holds_them(uninterrupted):
   jax.tree.map(np.testing.assert_array_equal, exported, jax.device_get(finished.state.params))
 
 
-def test_a_run_in_two_parts_equals_an_uninterrupted_one(uninterrupted, tmp_path):
+def test_a_run_in_two_parts_equals_an_uninterrupted_one(uninterrupted, tmp_path, monkeypatch):
   whole, _, finished = uninterrupted
-  train.run(_config(steps=1), tmp_path, stream=io.StringIO())
+  monkeypatch.chdir(tmp_path.parent)              # a workdir relative to where one stands, too
+  train.run(_config(steps=1), tmp_path.name, stream=io.StringIO())
   stream = io.StringIO()
-  second = train.run(_config(steps=2), tmp_path, stream=stream)
+  second = train.run(_config(steps=2), tmp_path.name, stream=stream)
   assert 'continues after iteration 1' in stream.getvalue()
   assert _episodes(tmp_path) == _episodes(whole)
   assert second.host_state() == finished.host_state()
