@@ -3,7 +3,7 @@
 
 python -m absolute_zero_jax.main --config configs/smollm2.py --workdir runs/smollm2
 
-Hardware: 2 CPU cores, 6 GiB. Longer: --config.train.steps=100. What came out is in README.md.
+Hardware: 2 CPU cores, 8 GB. Longer: --config.train.steps=100. What came out is in README.md.
 """
 
 from absolute_zero_jax import config as base

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real programs: CRUXEval in both directions, the reference's seeds with a reason for every loss."""
+"""Real programs: CRUXEval in both directions, and the reference's seeds, each loss named."""
 
 import collections
 import json

@@ -165,7 +165,10 @@ def test_each_run_starts_from_a_clean_interpreter(executor):
 
 
 def test_a_forged_object_or_answer_never_matches(executor):
-  body = ':\n  def __eq__(self, o): return True\n  def __repr__(self): return "5"\ndef f(x):\n  return E('
+  body = (
+    ':\n  def __eq__(self, o): return True\n  def __repr__(self): return "5"\n'
+    'def f(x):\n  return E('
+  )
   always_equal, sly_int = f'class E{body})', f'class E(int){body}5)'
   for program in (always_equal, sly_int):
     verdict = executor.run([Job('run', program, ('1',), ('5',))])[0]
@@ -361,7 +364,7 @@ def _script(tmp_path, body):
   path.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n' + textwrap.dedent(body))
   env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
   return subprocess.Popen(
-    [sys.executable, str(path)], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
+    [sys.executable, '-u', str(path)], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
   )
 
 
@@ -432,7 +435,7 @@ def test_a_limit_is_of_time_that_the_program_had():
     for _ in range(2 * (os.cpu_count() or 2))
   ]
   try:
-    with Executor(workers=2, score_timeout_s=0.6) as started:
+    with Executor(workers=2, score_timeout_s=0.6, nice=5) as started:
       busy = 'def f(x):\n  s = 0\n  for i in range(1500000): s += i\n  return x'
       verdicts = started.run([Job('run', busy, (str(i),)) for i in range(4)])
       assert {v.status for v in verdicts} == {Status.OK}, [(v.wall_s, v.cpu_s) for v in verdicts]

@@ -54,7 +54,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         script.write(request['code'])
         script.flush()
         done = subprocess.run(
-          [sys.executable, script.name],
+          [sys.executable, '-u', script.name],
           capture_output=True,
           text=True,
           timeout=request['run_timeout'],
@@ -135,7 +135,7 @@ def test_requests_carry_the_limits_and_no_gold(server, fusion):
   fusion.run([Job('run', 'def f(x):\n  return x', ('1',), ("'GOLD'",))])
   request = server.requests[0]
   assert (
-    request['run_timeout'] == 2.0
+    request['run_timeout'] == 3.0
     and request['memory_limit_MB'] == 512
     and 'GOLD' not in request['code']
   )

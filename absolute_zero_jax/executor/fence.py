@@ -6,7 +6,7 @@ Two levels, because what is inherited costs nothing per program:
   enclose()   once, in the zygote: namespaces (when allowed), unprivileged user, resource limits,
               no_new_privs, Landlock without any rule, and a system call filter that allows memory,
               clocks, read/write on open descriptors, and what a forker needs.
-  tighten()   in each child: CPU and process limits, and a second filter that takes the forker's
+  tightener() in each child: CPU and process limits, and a second filter that takes the forker's
               calls away.
 
 Only `prctl` and a few calls through ctypes are used: no library, no root. Each layer reports 'on'
@@ -16,6 +16,7 @@ the limits alone it has held every hostile program we have. The others are defen
 Not covered: faults of the kernel itself, and micro-architectural side channels.
 """
 
+from collections.abc import Callable
 import ctypes
 import errno
 import os
@@ -30,7 +31,8 @@ from absolute_zero_jax.executor import syscalls
 LEVELS = ('weak', 'standard', 'full')
 NOBODY = 65534
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+_PR_SET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 1, 3, 4
+_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
 _CLONE_NEWUSER, _CLONE_NEWNET, _CLONE_NEWIPC, _CLONE_NEWPID = (
     0x10000000, 0x40000000, 0x08000000, 0x20000000)
 
@@ -205,18 +207,32 @@ def enclose(*, memory_mb: int, layers: frozenset[str]) -> dict[str, str]:
   return report
 
 
-def tighten(*, cpu_s: int, seccomp: bool) -> None:
-  """The child's own level: CPU and process limits; no more forks, signals or limit changes.
+def tightener(*, cpu_s: int, seccomp: bool) -> Callable[[], None]:
+  """A function that sets the child's own level: CPU and process limits; no more forks, signals or
+  limit changes.
 
-  Raises:
+  Everything it needs is made and used once here, in the zygote: in a child, each page that is
+  written for the first time costs as much as ten system calls.
+
+  Raises (the function does):
     OSError: the kernel refused; the child must then not run anything.
   """
-  resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
-  if _LIBC is not None:
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-  if seccomp:
-    _install(_CHILD_FILTER)
+  set_limit, cpu = resource.setrlimit, (cpu_s, cpu_s + 1)
+  if _LIBC is None:
+    return lambda: set_limit(resource.RLIMIT_CPU, cpu)
+  call = ctypes.CDLL(None).prctl
+  call.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+  call.restype = ctypes.c_int
+  call(_PR_GET_DUMPABLE, 0, 0, 0, 0)
+  program = _Fprog(len(_CHILD_FILTER) // 8, _CHILD_FILTER)
+  address = ctypes.addressof(program) if seccomp else 0
+
+  def tighten(_kept=program) -> None:
+    set_limit(resource.RLIMIT_CPU, cpu)
+    set_limit(resource.RLIMIT_NPROC, (0, 0))
+    if call(_PR_SET_PDEATHSIG, 9, 0, 0, 0) or (address and call(_PR_SET_SECCOMP, 2, address, 0, 0)):
+      raise OSError(errno.EPERM, 'prctl')
+  return tighten
 
 
 def level(report: dict[str, str]) -> str:

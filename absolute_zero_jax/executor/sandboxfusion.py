@@ -30,13 +30,13 @@ from absolute_zero_jax.executor import client, link, policy, values, verify
 from absolute_zero_jax.types import Job, Status, Verdict
 
 _RETRIES = 3                 # of a request that the server could not answer
-_OVERHEAD_S = 1.0            # interpreter start on the server, on top of a unit's limit
+_OVERHEAD_S = 2.0            # two interpreter starts on the server, on top of a unit's limit
 _SEEDS = {'a': '1', 'b': '2'}
 _SCRIPT = '''
 import os, sys
 if os.environ.get('PYTHONHASHSEED') != {seed!r}:
   os.environ['PYTHONHASHSEED'] = {seed!r}
-  os.execv(sys.executable, [sys.executable, *sys.argv])
+  os.execv(sys.executable, [sys.executable, *getattr(sys, 'orig_argv', ['', *sys.argv])[1:]])
 import io, json, types
 out = sys.stdout
 values = types.ModuleType('values')

@@ -10,7 +10,7 @@ import struct
 import sys
 import time
 
-from absolute_zero_jax.executor import values, verify, zygote
+from absolute_zero_jax.executor import child, values, verify, zygote
 from absolute_zero_jax.types import Status
 
 _BOOT = ('import sys, json; sys.path.insert(0, sys.argv[1]); '
@@ -18,7 +18,7 @@ _BOOT = ('import sys, json; sys.path.insert(0, sys.argv[1]); '
 # Past its deadline, a child that used less than this share of the processor over a while is stuck.
 _STALLED = 0.001
 _STALL_WINDOW_S = 0.5
-_MAX_STRETCH = 20           # wall time over CPU time at which even a starved child is given up
+_MAX_STRETCH = 100          # wall time over CPU time at which even a starved child is given up
 _SILENT = 'ended without a report'
 KILLED = 'killed from outside'       # by the kernel when memory is short, or by a person
 _SIGNALS = {signal.SIGXCPU: (Status.TIMEOUT, 'CPU limit'),
@@ -56,8 +56,7 @@ class Child:
     self._hand_over({'probe': True}, float('inf'))
 
   def _hand_over(self, job: dict, timeout_s: float) -> bool:
-    data = json.dumps(job).encode()
-    self._unsent = memoryview(struct.pack('<I', len(data)) + data)
+    self._unsent = memoryview(child.pack(job))
     self.started = self._window_at = time.monotonic()
     self.deadline = self.started + timeout_s
     return self.send_more()
@@ -247,9 +246,9 @@ class Zygote:
 
   def kill(self) -> None:
     """Ends the process and everything it forked; its children's sockets are closed."""
-    for child in [*self.running.values(), *self.reaping.values(), self.spare]:
-      if child is not None:
-        child.sock.close()
+    for owned in [*self.running.values(), *self.reaping.values(), self.spare]:
+      if owned is not None:
+        owned.sock.close()
     self.control.close()
     # A second process, first of its PID namespace, dies with its parent, and its children with it.
     os.kill(self._pids[0], signal.SIGKILL)

@@ -42,6 +42,7 @@ def main(options: dict) -> None:
   _preload()
   from absolute_zero_jax.executor import child, fence
   report = _enclose(fence, options)
+  tighten = fence.tightener(cpu_s=options['cpu_s'], seccomp=report['seccomp'] == 'on')
   child.prepare()
   _warm_up(child)
   gc.collect()
@@ -49,7 +50,7 @@ def main(options: dict) -> None:
   gc.disable()
   _announce(control, report)
   try:
-    _serve(control, child, fence, options['cpu_s'], report['seccomp'] == 'on')
+    _serve(control, child, tighten)
   finally:
     os._exit(0)
 
@@ -126,7 +127,8 @@ def _warm_up(child) -> None:
   """Takes every code path once, so that children find the pages written already."""
   for program in ('def f(x):\n  return [x, {1: "a"}, (2.5, None)]',
                   'def f(x):\n  raise ValueError(x)'):
-    child.run(program, ['"a"', '[1]'], 2, False, lambda outcomes: child.json.dumps(outcomes))
+    job = child.unpack(child.pack({'program': program, 'inputs': ['"a"', '[1]']})[4:])
+    child.run(job['program'], job['inputs'], 2, False, child.frame)
   import re
   re.compile('a+b').sub('x', 'aab')
 
@@ -140,7 +142,7 @@ def _send_line(control: socket.socket, record: dict) -> None:
   control.sendall(json.dumps(record).encode() + b'\n')
 
 
-def _serve(control, child, fence, cpu_s: int, seccomp: bool) -> None:
+def _serve(control, child, tighten) -> None:
   pids: dict[int, int] = {}
   fd_space = socket.CMSG_SPACE(4)
   while True:
@@ -156,17 +158,17 @@ def _serve(control, child, fence, cpu_s: int, seccomp: bool) -> None:
       fd = array.array('i', ancillary[0][2][:4])[0]
       pid = os.fork()
       if pid == 0:
-        _become_child(fd, control, child, fence, cpu_s, seccomp)
+        _become_child(fd, child, tighten)
       os.close(fd)
       pids[other if op == b'X' else slot] = pid
 
 
-def _become_child(fd: int, control, child, fence, cpu_s: int, seccomp: bool) -> None:
+def _become_child(fd: int, child, tighten) -> None:
   try:
     if fd != child.JOB_FD:
       os.dup2(fd, child.JOB_FD)
     os.closerange(child.JOB_FD + 1, 16)
-    fence.tighten(cpu_s=cpu_s, seccomp=seccomp)
+    tighten()
     child.serve()
   finally:
     os._exit(0)
