@@ -70,18 +70,19 @@ def abstract_like(tree: Any) -> Any:
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), tree)
 
 
-def claim(workdir: epath.Path, config: dict[str, Any], *, free: tuple[str, ...],
+def claim(workdir: epath.Path, config: dict[str, Any], *, free: tuple[str, ...] | None,
           differences) -> None:
   """Writes `workdir/config.json`, or checks that the run found there is the same one.
 
-  Fields in `free` (exact names or sections) may change between the parts of a run.
+  Fields in `free` (exact names or sections) may change between the parts of a run; None lets every
+  field change.
 
   Raises:
     CheckpointError: the workdir belongs to a run with another config.
   """
   path = workdir / 'config.json'
   workdir.mkdir(parents=True, exist_ok=True)
-  if path.exists():
+  if free is not None and path.exists():
     try:
       found = json.loads(path.read_text())
     except ValueError as e:

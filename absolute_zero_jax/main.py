@@ -109,12 +109,16 @@ def _fail(e: Exception, status: int, hint: str = '') -> int:
   if _FLAGS.is_parsed() and _TRACEBACK.value:
     raise e
   text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e) or type(e).__name__
+  text = text.rstrip() if text.rstrip().endswith(('.', '?', '!')) else f'{text.rstrip()}.'
   print(textwrap.fill(f'error: {" ".join(text.split())} {hint}'.strip(), 100,
                       break_long_words=False, break_on_hyphens=False), file=sys.stderr)
   return status
 
 
 def _resume_hint(workdir: str) -> str:
+  folder = pathlib.Path(workdir) / 'checkpoints'
+  if '://' not in workdir and not (folder.is_dir() and any(folder.iterdir())):
+    return ''
   return f'Finished iterations are safe in {workdir}; the same command continues there.'
 
 

@@ -36,13 +36,14 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   # Orbax wants absolute paths; a URL is one.
   workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
   console = metrics.Console(stream)
-  checkpoint.claim(workdir, config_lib.to_json(c), free=FREE_FIELDS,
-                   differences=config_lib.differences)
   use_compilation_cache()
   with contextlib.ExitStack() as stack:
     checkpoints = checkpoint.Checkpoints(workdir, keep=c.checkpoint.keep)
     stack.callback(checkpoints.close)
     latest = checkpoints.latest()
+    # Without a checkpoint there is no run to protect, only a first try that failed.
+    checkpoint.claim(workdir, config_lib.to_json(c), free=FREE_FIELDS if latest else None,
+                     differences=config_lib.differences)
     current = stack.enter_context(Run(c, progress=console.stamp, console=console,
                                       fresh=latest is None))
     if latest is not None:

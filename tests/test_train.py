@@ -137,6 +137,14 @@ def test_another_config_is_refused_in_the_same_workdir(uninterrupted):
     train.run(c, uninterrupted[0], stream=io.StringIO())
 
 
+def test_a_first_try_that_failed_does_not_own_the_workdir(tmp_path):
+  c = _config(1)
+  c.model.name = str(tmp_path / 'nowhere')
+  with pytest.raises(ValueError, match='nowhere'):
+    train.run(c, tmp_path / 'run', stream=io.StringIO())
+  assert train.run(_config(1), tmp_path / 'run', stream=io.StringIO()).step == 1
+
+
 def test_a_full_disk_is_named_before_the_write(uninterrupted, tmp_path, monkeypatch):
   usage = type('Usage', (), {'free': 1000})
   monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: usage)
