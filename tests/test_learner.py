@@ -247,6 +247,15 @@ def test_adamw_clipping_and_schedule_equal_torch_over_steps(params):
   assert [round(float(rate(i)), 6) for i in (0, 1, 2, 6)] == [0.005, 0.01, 0.01, 0.0]
 
 
+def test_the_norm_of_a_long_gradient_is_exact_to_rounding():
+  x = np.random.default_rng(0).standard_normal((40, 300, 500)).astype(np.float32) ** 3
+  tree = {'a': jnp.asarray(x), 'b': jnp.full((3,), 100.0)}
+  want = np.sqrt((x.astype(np.float64)**2).sum() + 3e4)
+  for options in ({}, {'xla_cpu_experimental_ynn_fusion_type': ''}):
+    got = jax.jit(learner._norm, compiler_options=options)(tree)
+    np.testing.assert_allclose(got, want, rtol=3e-7)
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(params):
   rows = _rows(4)
   broken = jax.tree.map(jnp.copy, params)
@@ -265,7 +274,7 @@ def test_the_state_is_donated_and_shapes_compile_once(params):
   trainer = learner.of_decoder(CONFIG, learner.make_optimizer(1e-3), reinforce.get('rloo'),
                                micro_batch_tokens=256)
   state = trainer.init(jax.tree.map(jnp.copy, params))
-  fresh = lambda seed: _rows(8, seed, 20, prompt_ids=[1] * 40)  # noqa: E731
+  fresh = lambda seed: _rows(8, seed, 20, prompt_ids=[1] * 40)
   first = state.params['embed']
   shapes = set()
   for seed in range(4):

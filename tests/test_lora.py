@@ -90,7 +90,7 @@ def test_the_update_moves_only_adapters_by_the_gradient_of_the_merged_model(para
 
 def test_training_adapters_lowers_the_loss_on_a_mesh_too(params):
   mesh = sharding.make_mesh(2, 2, 2)
-  place = lambda tree, spec: sharding.place(  # noqa: E731
+  place = lambda tree, spec: sharding.place(
       jax.device_get(tree), sharding.shardings(spec, mesh))
   frozen = place(params, decoder.param_specs(CONFIG))
   adapters = place(lora.init(CONFIG, jax.random.key(0), rank=3), lora.specs(CONFIG, rank=3))

@@ -211,7 +211,7 @@ def test_the_clipped_loss_and_its_gradient_equal_torch(low, high, dual):
   rng = np.random.default_rng(0)
   logp, old, adv = rng.normal(0, 1.2, (3, 4, 50))
   a = reinforce.get('reinforce_plus_plus', clip_low=low, clip_high=high, dual_clip=dual)
-  fn = lambda x: a.loss(_scored(logprob=x, old=old, advantage=adv))[0].sum()  # noqa: E731
+  fn = lambda x: a.loss(_scored(logprob=x, old=old, advantage=adv))[0].sum()
   loss, grad = jax.value_and_grad(fn)(jnp.asarray(logp, jnp.float32))
   x = torch.tensor(logp, requires_grad=True)
   want = _torch_ppo(torch, x, torch.tensor(old), torch.tensor(adv), low, high, dual).sum()

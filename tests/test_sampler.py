@@ -28,7 +28,7 @@ def _params(seed=0):
 
 
 def _sampler(**changes):
-  options = dict(pad_id=0, stop_ids=[], slots=4, chunk=4, cache_block=16, max_prompt_tokens=96,
+  options = dict(pad_id=0, stop_ids=[], slots=4, chunk=4, cache_block=32, max_prompt_tokens=96,
                  max_new_tokens=24)
   return sampler.Sampler(CONFIG, **options | changes)
 
@@ -58,8 +58,9 @@ def test_greedy_tokens_equal_those_of_transformers():
   import torch
   model = reference_models.make('qwen3_tied')
   config = ModelConfig.from_hf(model.config.to_dict())
+  torch.set_num_threads(1)                       # its threads spin while JAX computes
   params = hf.assemble(config, {k: v.numpy() for k, v in model.state_dict().items()}.__getitem__)
-  ours = sampler.Sampler(config, pad_id=0, stop_ids=[], slots=4, chunk=8, cache_block=32,
+  ours = sampler.Sampler(config, pad_id=0, stop_ids=[], slots=4, chunk=16, cache_block=96,
                          max_prompt_tokens=64, max_new_tokens=48)
   prompts = [_prompt(n, n) for n in (1, 5, 33)]
   out = ours.generate(params, [sampler.Request(p) for p in prompts], KEY, temperature=0)
@@ -103,7 +104,7 @@ def test_neighbours_slots_and_order_do_not_change_a_row():
               for n, k, m in ((3, 2, 24), (50, 1, 5), (9, 3, 11), (17, 1, 24), (33, 4, 2))]
   together = _shared_sampler().generate(_params(), requests, KEY)
   backwards = _shared_sampler().generate(_params(), requests[::-1], KEY)[::-1]
-  wide = _sampler(slots=16, chunk=7, cache_block=32).generate(_params(), requests, KEY)
+  wide = _sampler(slots=16, chunk=24, cache_block=96).generate(_params(), requests, KEY)
   alone = [_shared_sampler().generate(_params(), [r], KEY)[0] for r in requests]
   assert _ids(together) == _ids(backwards) == _ids(wide) == _ids(alone)
   for a, b in zip(together, alone):
@@ -187,7 +188,7 @@ def test_few_shapes_serve_all_lengths_once_the_cap_is_reached():
   small = [sampler.Request(_prompt(9, 9), max_new_tokens=9, stream=2)]
   assert _ids(ours.generate(_params(), small, KEY)) == want[2:]
   decode = [key for key in ours._programs.compiled if key[0] == 'decode']
-  assert len(decode) <= 3                      # uncapped: 5
+  assert len(decode) <= 2                      # uncapped: 4
 
 
 def test_prompts_and_prefixes_are_prefilled_once():

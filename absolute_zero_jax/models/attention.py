@@ -8,6 +8,7 @@ C query chunk.
 import math
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 MASKED = -1e30                  # finite, so that a row without any visible key stays free of NaN
@@ -31,31 +32,91 @@ def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, segments_BT:
 def _attend_xla(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS):
   """Masked matmuls in chunks of queries; each chunk reads only the keys up to its end."""
   B, T, N, H = q_BTNH.shape
-  K, S = k_BKHS.shape[1], k_BKHS.shape[3]
+  K = k_BKHS.shape[1]
   q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  chunk = max(_QUERY_CHUNK, math.ceil(T / _MAX_CHUNKS))
-
-  def one(q_BKGCH, k_BKHS, v_BKSH, allowed_BCS):
-    C = q_BKGCH.shape[3]
-    flat = q_BKGCH.reshape(B, K, -1, H)
-    score_BKGCS = jnp.matmul(flat, k_BKHS, preferred_element_type=jnp.float32).reshape(
-        B, K, N // K, C, -1)
-    prob_BKGCS = jax.nn.softmax(jnp.where(allowed_BCS[:, None, None], score_BKGCS, MASKED), -1)
-    flat = prob_BKGCS.astype(v_BKSH.dtype).reshape(B, K, (N // K) * C, -1)
-    out = jnp.matmul(flat, v_BKSH, preferred_element_type=jnp.float32)
-    return out.reshape(B, K, N // K, C, H).astype(q_BKGCH.dtype)
-
-  # Without it the backward pass of a long layer would hold the probabilities of all its chunks.
-  one = jax.checkpoint(one) if T > 8 * _QUERY_CHUNK else one
-  outs = []
-  for begin in range(0, T, chunk):
-    end = min(begin + chunk, T)
-    seen = S - T + end
-    allowed_BCS = _allowed(segments_BT[:, begin:end], key_segments_BS[:, :seen], S - T + begin)
-    outs.append(one(q_BKGTH[:, :, :, begin:end], k_BKHS[..., :seen], v_BKSH[:, :, :seen],
-                    allowed_BCS))
-  out_BKGTH = jnp.concatenate(outs, 3)
+  out_BKGTH = _chunked(q_BKGTH, k_BKHS, v_BKSH, segments_BT, key_segments_BS)
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+@jax.custom_vjp
+def _chunked(q_BKGTH, k_BKHS, v_BKSH, segments_BT, key_segments_BS):
+  return _chunked_forward(q_BKGTH, k_BKHS, v_BKSH, segments_BT, key_segments_BS)[0]
+
+
+def _chunked_forward(q_BKGTH, k_BKHS, v_BKSH, segments_BT, key_segments_BS):
+  """The backward pass makes the probabilities again from the logZ of each query."""
+  outs, logzs = [], []
+  for begin, end, seen in _chunks(q_BKGTH, k_BKHS):
+    score = _scores(q_BKGTH[:, :, :, begin:end], k_BKHS[..., :seen],
+                    segments_BT[:, begin:end], key_segments_BS[:, :seen])
+    top = jnp.max(score, axis=-1, keepdims=True)
+    weight = jnp.exp(score - top)
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    out = _matmul(weight.astype(v_BKSH.dtype), v_BKSH[:, :, :seen]) / total
+    outs.append(_unfold(out, end - begin).astype(q_BKGTH.dtype))
+    logzs.append(_unfold(top + jnp.log(total), end - begin))
+  # Named, so that a remat policy may keep them: all that the backward pass needs of this one.
+  out_BKGTH = checkpoint_name(jnp.concatenate(outs, 3), 'attention')
+  logz_BKGT1 = checkpoint_name(jnp.concatenate(logzs, 3), 'attention')
+  kept = (q_BKGTH, k_BKHS, v_BKSH, segments_BT, key_segments_BS, out_BKGTH, logz_BKGT1)
+  return out_BKGTH, kept
+
+
+def _chunked_backward(kept, d_BKGTH):
+  q_BKGTH, k_BKHS, v_BKSH, segments_BT, key_segments_BS, out_BKGTH, logz_BKGT1 = kept
+  dtype = q_BKGTH.dtype
+  pull_BKGT1 = jnp.sum(d_BKGTH.astype(jnp.float32) * out_BKGTH, axis=-1, keepdims=True)
+  d_qs, d_k, d_v = [], jnp.zeros(k_BKHS.shape, jnp.float32), jnp.zeros(v_BKSH.shape, jnp.float32)
+  for begin, end, seen in _chunks(q_BKGTH, k_BKHS):
+    part = (slice(None),) * 3 + (slice(begin, end),)
+    score = _scores(q_BKGTH[part], k_BKHS[..., :seen],
+                    segments_BT[:, begin:end], key_segments_BS[:, :seen])
+    q, d, pull, logz = (_fold(x[part]) for x in (q_BKGTH, d_BKGTH, pull_BKGT1, logz_BKGT1))
+    prob = jnp.where(score > MASKED, jnp.exp(score - logz), 0)
+    d_prob = _matmul(d, v_BKSH[:, :, :seen].swapaxes(2, 3))
+    d_score = (prob * (d_prob - pull)).astype(dtype)
+    d_qs.append(_unfold(_matmul(d_score, k_BKHS[..., :seen].swapaxes(2, 3)), end - begin))
+    rest = (0, k_BKHS.shape[3] - seen)
+    d_k += jnp.pad(_matmul(q.swapaxes(2, 3), d_score), ((0, 0),) * 3 + (rest,))
+    d_v += jnp.pad(_matmul(prob.astype(dtype).swapaxes(2, 3), d), ((0, 0),) * 2 + (rest, (0, 0)))
+  return (jnp.concatenate(d_qs, 3).astype(dtype), d_k.astype(k_BKHS.dtype),
+          d_v.astype(v_BKSH.dtype), None, None)
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _chunks(q_BKGTH, k_BKHS):
+  """(first query, end, keys seen) of each chunk."""
+  T, S = q_BKGTH.shape[3], k_BKHS.shape[3]
+  size = max(_QUERY_CHUNK, math.ceil(T / _MAX_CHUNKS))
+  for begin in range(0, T, size):
+    end = min(begin + size, T)
+    yield begin, end, S - T + end
+
+
+def _scores(q_BKGCH, k_BKHS, segments_BC, key_segments_BS):
+  """Scores [B, K, G * C, S] in float32, `MASKED` where the key is not for the query."""
+  B, _, G, C, _ = q_BKGCH.shape
+  S = k_BKHS.shape[3]
+  allowed_BCS = _allowed(segments_BC, key_segments_BS, S - C)
+  allowed = jnp.broadcast_to(allowed_BCS[:, None], (B, G, C, S)).reshape(B, 1, G * C, S)
+  return jnp.where(allowed, _matmul(_fold(q_BKGCH), k_BKHS), MASKED)
+
+
+def _matmul(x, y):
+  return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+
+def _fold(x_BKGCH):
+  """The G query heads of a kv head as more rows: [B, K, G * C, H]."""
+  B, K, G, C, H = x_BKGCH.shape
+  return x_BKGCH.reshape(B, K, G * C, H)
+
+
+def _unfold(x, C):
+  B, K, _, H = x.shape
+  return x.reshape(B, K, -1, C, H)
 
 
 def _attend_cudnn(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -150,7 +151,7 @@ class Block(nn.Module):
     return self._dot(jax.nn.silu(gate) * up, self.w['down'])
 
   def _dot(self, x, w, axes=1):
-    return linear(x.astype(self.dtype), w, axes)
+    return checkpoint_name(linear(x.astype(self.dtype), w, axes), 'dot')
 
   def _match(self, w, ndim):
     return w.astype(self.dtype).reshape((1,) * (ndim - w.ndim) + w.shape)
@@ -162,7 +163,7 @@ class Decoder(nn.Module):
   Attributes:
     dtype: of activations and matmul inputs; norms, softmax and accumulation stay float32.
     remat: 'none' keeps all activations for the backward pass, 'full' only each layer's input,
-      'dots' also the results of weight matmuls.
+      'dots' also the results of weight matmuls and of attention.
     attention: key of `attention.IMPLEMENTATIONS`.
     mesh: constrains activations to rows over data and fsdp; None leaves layout to the compiler.
   """
@@ -330,7 +331,8 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def _remat(remat):
-  policies = {'full': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+  saved = jax.checkpoint_policies.save_only_these_names('dot', 'attention')
+  policies = {'full': None, 'dots': saved}
   if remat == 'none':
     return Block
   if remat not in policies:
