@@ -109,6 +109,8 @@ class Batch:
                allowed_V: np.ndarray, stops_E: np.ndarray):
     self.programs, self.weights, self.key, self.opts = programs, weights, key, opts
     self.allowed_V, self.stops_E = allowed_V, stops_E
+    # Where the weights are is the only place to learn what they run on.
+    self.weights_first = {d.platform for d in weights.embed_VD.devices()} == {'cpu'}
     self.queue = collections.deque(rows)
     shards = sharding.row_shards(programs.mesh)
     self.slots = [None] * schedule.width(min(len(rows), slots), shards)
@@ -179,7 +181,7 @@ class Batch:
                      row.most - len(row.ids), row.stream, row.sample)
     steps = min(p.chunk, int(table[3].max()))
     program = functools.partial(decoding.decode, p.config, chunk=p.chunk, dtype=p.dtype,
-                                mesh=p.mesh)
+                                mesh=p.mesh, weights_first=self.weights_first)
     self.cache, chunk = p.call(
         ('decode', len(self.slots), self.size), program, self.weights, self.cache,
         np.int32(self.slot), decoding.Rows(*table), np.int32(steps), self.key, self.opts,

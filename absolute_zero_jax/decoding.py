@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device half of sampling: decode-layout weights, ring caches, and the jitted steps on them.
 
-    params --weights--> Weights            once per update: one array per layer, q|k|v and gate|up
-                                           side by side, unembedding transposed
+    params --weights--> Weights            once per update: one array per layer, [outputs, inputs],
+                                           q|k|v and gate|up side by side
     prompts --decoder.prefill--> keys, values --insert--> cache rows
     cache, Rows --decode--> cache, Chunk   up to C tokens of every row in one call
 
@@ -34,7 +34,7 @@ _KEY_AXES = ('batch', 'kv_heads', None, None)
 class Weights(NamedTuple):
   """Parameters in the layout of decoding; `layers` holds one `Block` tree per layer."""
   embed_VD: jax.Array
-  unembed_DV: jax.Array
+  unembed_VD: jax.Array | None       # None: tied, the embedding
   final_norm_D: jax.Array
   layers: tuple[dict[str, jax.Array], ...]
 
@@ -90,15 +90,15 @@ def weights(config: ModelConfig, params: decoder.Params, dtype: Any, mesh: Mesh 
     w = {name: x[i] for name, x in params['layers'].items()}
     if not fused:
       return {name: lay(x, specs['layers'][name].axes[1:]) for name, x in w.items()}
-    joined = {'qkv': jnp.concatenate([w.pop(n).reshape(c.embed, -1) for n in 'qkv'], 1),
-              'gate_up': jnp.concatenate([w.pop('gate'), w.pop('up')], 1),
-              'o': w.pop('o').reshape(-1, c.embed)}
+    joined = {'qkv': jnp.concatenate([w.pop(n).reshape(c.embed, -1) for n in 'qkv'], 1).T,
+              'gate_up': jnp.concatenate([w.pop('gate'), w.pop('up')], 1).T,
+              'o': w.pop('o').reshape(-1, c.embed).T, 'down': w.pop('down').T}
     if c.qkv_bias:
       joined['qkv_bias'] = jnp.concatenate([w.pop(f'{n}_bias').reshape(-1) for n in 'qkv'])
     return {name: lay(x, (None,) * x.ndim) for name, x in (w | joined).items()}
 
-  return Weights(lay(params['embed'], ('vocab', None)),
-                 lay(decoder.unembed(params).T, (None, 'vocab')),
+  unembed = None if c.tied else lay(params['unembed'], ('vocab', None))
+  return Weights(lay(params['embed'], ('vocab', None)), unembed,
                  lay(params['final_norm'], ('norm',)), tuple(layer(i) for i in range(c.layers)))
 
 
@@ -166,15 +166,16 @@ def resize(keys_BKHS: jax.Array, values_BKSH: jax.Array, keep: jax.Array, slot: 
 
 def decode(config: ModelConfig, w: Weights, cache: Cache, slot: jax.Array, rows: Rows,
            steps: jax.Array, key: jax.Array, opts: sampling.Options, allowed_V: jax.Array,
-           stops_E: jax.Array, *, chunk: int, dtype: Any,
-           mesh: Mesh | None) -> tuple[Cache, Chunk]:
+           stops_E: jax.Array, *, chunk: int, dtype: Any, mesh: Mesh | None,
+           weights_first: bool) -> tuple[Cache, Chunk]:
   """Draws up to `steps` (at most `chunk`) tokens of every row, or until every row rests.
 
   Each step appends a row's last token to its ring and draws the next; token t of a row uses the
   key fold_in(fold_in(fold_in(key, stream), sample), t), so it depends on no neighbour.
   """
   B, S = cache[0][0].shape[0], cache[0][0].shape[3]
-  block = decoder.Block(config, dtype, fused=is_fused(mesh), mesh=mesh)
+  block = decoder.Block(config, dtype, fused=is_fused(mesh), weights_first=weights_first, mesh=mesh)
+  unembed_VD = w.embed_VD if w.unembed_VD is None else w.unembed_VD
   row_keys_B = jax.vmap(lambda stream, sample: jax.random.fold_in(
       jax.random.fold_in(key, stream), sample))(rows.streams_B, rows.samples_B)
 
@@ -188,7 +189,7 @@ def decode(config: ModelConfig, w: Weights, cache: Cache, slot: jax.Array, rows:
       x_BD, k, v = block.apply({'params': layer}, x_BD, angles, bias_BS, slot, k, v, method='step')
       new.append((k, v))
     x_BD = decoder.rms_norm(x_BD, w.final_norm_D, config.norm_eps)
-    return jnp.matmul(x_BD, w.unembed_DV, preferred_element_type=jnp.float32), tuple(new)
+    return decoder.product(x_BD, unembed_VD, weights_first, jnp.float32), tuple(new)
 
   def step(state):
     i, cache, slot, rows, out = state

@@ -156,7 +156,7 @@ def _serve_jax(flags) -> None:
 
   from absolute_zero_jax import sampler, sharding
   from absolute_zero_jax.models import hf, loading
-  if flags.devices > 1 and jax.config.jax_platforms == 'cpu':
+  if flags.devices > 1:                                        # counts only without an accelerator
     jax.config.update('jax_num_cpu_devices', flags.devices)
   config, params, _ = loading.load(MODELS.get(flags.model, flags.model), dtype=flags.dtype)
   if 'hf' in flags.sides.split(','):
@@ -192,15 +192,20 @@ def _limit(config, ours, params, job):
   """Seconds that the matmuls alone take, or reading the weights if that is longer."""
   import jax
   import jax.numpy as jnp
+
+  from absolute_zero_jax.models import decoder
   _, weights = ours._prepare(params)
   c = config
+  unembed_VD = weights.embed_VD if weights.unembed_VD is None else weights.unembed_VD
+  first = jax.default_backend() == 'cpu'
+  product = lambda x, w: decoder.product(x, w, first and len(x) <= 256)    # the faster way
 
   def matmuls(x, w, head):
     for layer in w.layers:
-      q = jnp.matmul(x, layer['qkv'])[:, :layer['o'].shape[0]]
-      x = x + jnp.matmul(q, layer['o'])
-      x = x + jnp.matmul(jnp.matmul(x, layer['gate_up'])[:, :c.ffn], layer['down'])
-    return jnp.matmul(x, w.unembed_DV) if head else x
+      q = product(x, layer['qkv'])[:, :layer['o'].shape[1]]
+      x = x + product(q, layer['o'])
+      x = x + product(product(x, layer['gate_up'])[:, :c.ffn], layer['down'])
+    return product(x, unembed_VD) if head else x
 
   def measure(f, *args):
     jax.block_until_ready(f(*args))
@@ -217,7 +222,7 @@ def _limit(config, ours, params, job):
   tokens = min(B * job['prompt'], 4096)
   prompt_s = measure(run, jnp.full((tokens, c.embed), 0.01, dtype), weights, False)
   prompt_s *= B * job['prompt'] / tokens
-  read = [w for layer in weights.layers for w in layer.values()] + [weights.unembed_DV]
+  read = [w for layer in weights.layers for w in layer.values()] + [unembed_VD]
   size = sum(w.nbytes for w in read)
   block = jnp.ones((2**29 // dtype.itemsize,), dtype)
   bandwidth = block.nbytes / measure(jax.jit(lambda x: jnp.max(x.reshape(1024, -1), -1)), block)

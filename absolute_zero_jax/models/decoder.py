@@ -38,13 +38,16 @@ class Block(nn.Module):
   """One transformer layer: attention and gated feed-forward, each behind an RMS norm.
 
   Attributes:
-    fused: q, k, v (and gate, up) are one flat matrix each, as `sampler` lays them out for decoding.
+    fused: for `step` alone: q, k, v (and gate, up) are one flat matrix each, and all matrices are
+      stored [outputs, inputs], as `decoding.weights` lays them out.
+    weights_first: `fused` matrices are the left operand, which is for a CPU (see `product`).
     collect: also return this layer's rotated keys and values.
   """
   config: ModelConfig
   dtype: Any = jnp.float32
   attention: str = 'xla'
   fused: bool = False
+  weights_first: bool = False
   collect: bool = False
   mesh: Mesh | None = None
 
@@ -55,19 +58,20 @@ class Block(nn.Module):
     qkv = (('q', N, 'heads'), ('k', K, 'kv_heads'), ('v', K, 'kv_heads'))
     table = {'attn_norm': (one, (D,), ('norm',)), 'ffn_norm': (one, (D,), ('norm',))}
     if self.fused:
-      table |= {'qkv': (weight, (D, (N + 2 * K) * H), ('embed', 'heads')),
-                'o': (weight, (N * H, D), ('heads', 'embed')),
-                'gate_up': (weight, (D, 2 * F), ('embed', 'ffn'))}
+      table |= {'qkv': (weight, ((N + 2 * K) * H, D), ('heads', 'embed')),
+                'o': (weight, (D, N * H), ('embed', 'heads')),
+                'gate_up': (weight, (2 * F, D), ('ffn', 'embed')),
+                'down': (weight, (D, F), ('embed', 'ffn'))}
       if c.qkv_bias:
         table['qkv_bias'] = (zero, ((N + 2 * K) * H,), ('heads',))
     else:
       table |= {name: (weight, (D, n, H), ('embed', axis, 'head_dim')) for name, n, axis in qkv}
       table |= {'o': (weight, (N, H, D), ('heads', 'head_dim', 'embed')),
                 'gate': (weight, (D, F), ('embed', 'ffn')),
-                'up': (weight, (D, F), ('embed', 'ffn'))}
+                'up': (weight, (D, F), ('embed', 'ffn')),
+                'down': (weight, (F, D), ('ffn', 'embed'))}
       if c.qkv_bias:
         table |= {f'{name}_bias': (zero, (n, H), (axis, 'head_dim')) for name, n, axis in qkv}
-    table['down'] = (weight, (F, D), ('ffn', 'embed'))
     if c.qk_norm:
       table |= {'q_norm': (one, (H,), ('norm',)), 'k_norm': (one, (H,), ('norm',))}
     w = {name: self.param(name, nn.with_logical_partitioning(init, axes), shape)
@@ -151,6 +155,8 @@ class Block(nn.Module):
     return self._dot(jax.nn.silu(gate) * up, self.w['down'])
 
   def _dot(self, x, w, axes=1):
+    if self.fused:
+      return product(x.astype(self.dtype), w, self.weights_first)
     return checkpoint_name(linear(x.astype(self.dtype), w, axes), 'dot')
 
   def _match(self, w, ndim):
@@ -283,6 +289,20 @@ def _linear_backward(axes, kept, d_y):
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+def product(x_BI: jax.Array, w_OI: jax.Array, weights_first: bool,
+            dtype: Any = None) -> jax.Array:
+  """x @ w.T, accumulated in float32, in x's dtype or `dtype`; computed as (w @ x.T).T if asked.
+
+  For a few rows on two cores XLA:CPU is 1.15 to 1.3 times as fast with the weights on the left.
+  """
+  w_OI = w_OI.astype(x_BI.dtype)
+  if not weights_first:
+    return _contract(x_BI, w_OI, (1,), (1,), dtype)
+  # Without barriers the compiler folds the transposes into the product, which is slower than both.
+  y_OB = _contract(w_OI, jax.lax.optimization_barrier(x_BI.T), (1,), (0,), dtype)
+  return jax.lax.optimization_barrier(y_OB).T
 
 
 def _contract(x, y, x_axes, y_axes, dtype=None):
