@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the carried model is pre-trained on: prompts of a prompt set, answered by an interpreter.
+
+  random.Random --document--> spans of text --rows--> token arrays [B, T]
+
+A document is one proposal, or one program with several questions about it, or one set of examples
+with the program behind them. Every prompt is rendered by the task kinds and the prompt set that
+self-play uses, so that the model meets there exactly what it has read here. Some answers begin with
+thinking, which is what the interpreter saw on its way.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import random
+from typing import NamedTuple
+
+import numpy as np
+
+from absolute_zero_jax import grammar, tasks
+from absolute_zero_jax.tasks import prompts as prompts_lib
+from absolute_zero_jax.types import Role, Task
+
+THINK, REJECT = '\n# think', '\n# no'
+# Share of a batch that is filled: first-fit-decreasing finds room for nearly all of it.
+_FILL = 0.98
+
+
+class Rows(NamedTuple):
+  """Packed documents. `weights_BT` is the weight of each token as a target; 0 on padding."""
+  tokens_BT: np.ndarray
+  positions_BT: np.ndarray
+  segments_BT: np.ndarray
+  weights_BT: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """The mixture.
+
+  Attributes:
+    depths: see `grammar`.
+    propose: share of the documents that propose, the kinds alike.
+    induce: share of the documents that solve inductions.
+    questions: asked about each program, half deductions and half abductions.
+    think: share of the answers that begin with thinking.
+    prompt_weight: of a prompt's tokens as targets; those of a response count 1.
+    max_think_lines: longer traces are left out.
+    references: the most programs shown to a proposal.
+    cases: pairs of an induction; the first half is shown.
+  """
+  depths: Sequence[int] = grammar.SHALLOW
+  propose: float = 0.18
+  induce: float = 0.34
+  questions: int = 3
+  think: float = 0.25
+  prompt_weight: float = 0.2
+  max_think_lines: int = 16
+  references: int = 2
+  cases: int = 6
+
+
+class Writer:
+  """Documents of one prompt set and recipe; held-out programs never occur."""
+
+  def __init__(self, prompts: prompts_lib.PromptSet, recipe: Recipe):
+    self._prompts, self._recipe = prompts, recipe
+    self._kinds = {name: tasks.get(name, cases=recipe.cases)
+                   for name in ('deduction', 'abduction', 'induction')}
+
+  def document(self, rng: random.Random) -> list[tuple[str, str]]:
+    """(prompt, response) pairs that follow each other; an end token stands after each response."""
+    example = self._example(rng)
+    draw = rng.random()
+    if draw < self._recipe.propose:
+      return [self._proposal(rng, example)]
+    if draw < self._recipe.propose + self._recipe.induce:
+      return [self._induction(rng, example)]
+    out = []
+    for case in rng.sample(range(self._recipe.cases), self._recipe.questions):
+      kind = rng.choice(('deduction', 'abduction'))
+      prompt = self._kinds[kind].solve_prompt(_task(kind, example, case), self._prompts)
+      # The program stands once, before the first question.
+      question = prompt.removeprefix(example.program) if out else prompt
+      out.append((question, self._answer(rng, kind, example, case)))
+    return out
+
+  def _example(self, rng):
+    return grammar.example(rng, self._recipe.depths, cases=self._recipe.cases)
+
+  def _proposal(self, rng, example):
+    kind = rng.choice(list(self._kinds))
+    if kind == 'induction':
+      prompt = self._kinds[kind].propose_prompt([_task('deduction', example, 0)], self._prompts)
+      return prompt, ''.join(f'\nf({given})' for given in example.inputs)
+    shown = [_task(kind, self._example(rng), 0)
+             for _ in range(rng.choice((0, 0, *range(1, self._recipe.references + 1))))]
+    prompt = self._kinds[kind].propose_prompt(shown, self._prompts)
+    return prompt, f'{example.program}\nf({example.inputs[0]})'
+
+  def _answer(self, rng, kind, example, case):
+    given, output = example.inputs[case], example.outputs[case]
+    steps = ()
+    if rng.random() < self._recipe.think:
+      if kind == 'deduction':
+        steps = grammar.trace(example.program, given)
+      else:
+        others = [i for i in range(len(example.inputs)) if i != case]
+        tried = rng.sample(others, rng.choice((0, 1, 1, 2)))
+        steps = tuple(_case(example, i) for i in (*tried, case))
+    if len(steps) > self._recipe.max_think_lines:
+      steps = ()
+    return _response(self._prompts, kind, steps, output if kind == 'deduction' else given)
+
+  def _induction(self, rng, example):
+    shown = range(self._recipe.cases // 2)
+    prompt = self._kinds['induction'].solve_prompt(
+        _task('induction', example, 0, len(shown)), self._prompts)
+    steps: tuple[str, ...] = ()
+    if rng.random() < self._recipe.think:
+      steps = (*self._wrong(rng, example, shown), example.program,
+               *(_case(example, i) for i in shown))
+    return prompt, _response(self._prompts, 'induction', steps, example.program)
+
+  def _wrong(self, rng, example, shown):
+    """Sometimes a candidate that fails on a shown pair, with its results up to there."""
+    other = grammar.variant(rng, example.program) if rng.random() < 0.4 else None
+    if other is None:
+      return ()
+    lines = [other]
+    for i in shown:
+      output = grammar.run(other, example.inputs[i])
+      if output is None:
+        return ()
+      lines.append(f'f({example.inputs[i]}) == {output}')
+      if output != example.outputs[i]:
+        return (*lines[:-1], lines[-1] + REJECT)
+    return ()
+
+
+def rows(write: Writer, tokenizer, rng: random.Random, shape: tuple[int, int], *,
+         prompt_weight: float) -> Rows:
+  """`shape` (B, T) filled with whole documents; those longer than T are left out."""
+  B, T = shape
+  ints = [np.full((B, T), fill, np.int32) for fill in (tokenizer.pad_id, 0, 0)]
+  out = Rows(*ints, np.zeros((B, T), np.float32))
+  documents, total = [], 0
+  for ids, weights in encoded(write, tokenizer, rng, prompt_weight):
+    if len(ids) <= T:
+      documents.append((ids, weights))
+      total += len(ids)
+    if total > _FILL * B * T:
+      break
+  used, segments = [0] * B, [0] * B
+  for ids, weights in sorted(documents, key=lambda d: -len(d[0])):
+    line = next((i for i in range(B) if used[i] + len(ids) <= T), None)
+    if line is None:     # a few short ones are left over
+      continue
+    place = line, slice(used[line], used[line] + len(ids))
+    used[line] += len(ids)
+    segments[line] += 1
+    out.tokens_BT[place] = ids
+    out.positions_BT[place] = np.arange(len(ids))
+    out.segments_BT[place] = segments[line]
+    # Nothing stands before the first token, so nothing predicts it.
+    out.weights_BT[place] = [0.0, *weights[1:]]
+  return out
+
+
+def encoded(write: Writer, tokenizer, rng: random.Random,
+            prompt_weight: float) -> Iterator[tuple[list[int], list[float]]]:
+  """(ids, weights) of one document after the other, without end."""
+  while True:
+    ids: list[int] = []
+    weights: list[float] = []
+    for prompt, response in write.document(rng):
+      prompt_ids = tokenizer.encode(prompt)
+      response_ids = [*tokenizer.encode(response, bos=False), tokenizer.eos_id]
+      ids += prompt_ids + response_ids
+      weights += [prompt_weight] * len(prompt_ids) + [1.0] * len(response_ids)
+    yield ids, weights
+
+
+def _task(kind: str, example: grammar.Example, case: int, shown: int = 0) -> Task:
+  pairs = tuple(zip(example.inputs, example.outputs))
+  cases = pairs if shown else (pairs[case],)
+  return Task(kind, example.program, cases, shown=shown, key=example.key)
+
+
+def _case(example: grammar.Example, i: int) -> str:
+  return f'f({example.inputs[i]}) == {example.outputs[i]}'
+
+
+def _response(prompts, kind: str, steps: Sequence[str], answer: str) -> str:
+  """The answer behind its mark, and before it the thinking, if there is any."""
+  thought = ''.join(f'\n{step}' for step in steps)
+  mark = prompts.formats[f'{Role.SOLVE.value}_{kind}'].after
+  return (THINK + thought if thought else '') + mark + answer

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores a model on held-out programs of the grammar: greedy, sampled mean, pass@n; with intervals.
+
+  seed --test_set--> tasks --selfplay.answer (sampler, executor)--> right or wrong --> results.json
+
+The programs are a pure function of `heldout.seed`, in two parts: of the depth of pre-training, and
+deeper. Answers are checked by the executor as in self-play, since they are a model's. All numbers
+per item are kept in items.jsonl, so that two models can be compared item by item (`compare`).
+"""
+
+from collections.abc import Callable, Sequence
+import contextlib
+import json
+import math
+import os
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+
+from absolute_zero_jax import config as config_lib
+from absolute_zero_jax import grammar, metrics, parts, selfplay, sharding
+from absolute_zero_jax import sampler as sampler_lib
+from absolute_zero_jax import tokenizer as tokenizer_lib
+from absolute_zero_jax import train as train_lib
+from absolute_zero_jax.tasks import prompts as prompts_lib
+from absolute_zero_jax.types import Role, Task
+
+# Of one item: the greedy answer's accuracy; the share of right samples, and whether one is right;
+# nats per drawn token; and means over the samples of length, form, and thinking.
+QUANTITIES = ('greedy', 'sampled', 'pass', 'entropy', 'tokens', 'thinks', 'formed')
+_RESAMPLES = 2000
+
+
+def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) -> dict[str, Any]:
+  """Evaluates `model.name`; writes results.json and items.jsonl to `workdir`, returns the results.
+
+  Raises:
+    ValueError: a config that cannot work, a model that cannot be loaded.
+  """
+  config_lib.validate(c)
+  workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
+  console = metrics.Console(stream)
+  train_lib.use_compilation_cache()
+  with contextlib.closing(parts.executor(c)) as executor:
+    mesh = sharding.make_mesh(**c.mesh.to_dict())
+    model, params, source = parts.model(c, jax.random.key(c.seed), mesh)
+    tokenizer = tokenizer_lib.load(c.model.tokenizer or source)
+    tokenizer.check(model.vocab)
+    sampler = parts.sampler(c, model, mesh, tokenizer)
+
+    def generate(requests, temperature, stop_fn, on_finish):
+      key = jax.random.fold_in(jax.random.key(c.seed), round(1000 * temperature))
+      return sampler.generate(params, requests, key, temperature=temperature, stop_fn=stop_fn,
+                              on_finish=on_finish)
+    tools = selfplay.Tools(
+        kinds=parts.kinds(c), tokenizer=tokenizer, sample=None, submit=executor.submit,
+        prompts=prompts_lib.load(c.selfplay.prompts, c.selfplay.wrapper, c.selfplay.format_rule),
+        rewards=None)
+    items = []
+    for part in c.heldout.parts:
+      tasks = held_out_tasks(c.heldout.seed, c.heldout.count, part,
+                             kinds=[k.name for k in tools.kinds],
+                             cases=c.selfplay.induction_cases)
+      items += score(tasks, tools, generate, samples=c.heldout.samples,
+                     limit=c.sampler.max_solve_tokens, part=part)
+      console.stamp(f'{part}: {len(tasks)} items answered')
+  results = {'model': c.model.name, 'seed': c.heldout.seed, 'prompts': tools.prompts.hash,
+             'scores': summarize(items)}
+  workdir.mkdir(parents=True, exist_ok=True)
+  metrics.write_atomically(workdir / 'results.json', json.dumps(results, indent=1))
+  metrics.write_atomically(workdir / 'items.jsonl', '\n'.join(map(json.dumps, items)) + '\n')
+  console.line(table(results['scores']))
+  return results
+
+
+def held_out_tasks(seed: int, count: int, part: str, *, kinds: Sequence[str],
+                   cases: int = 6) -> list[Task]:
+  """One task of each kind from each held-out program; kinds in order."""
+  examples = grammar.test_set(seed, count, part, cases=cases)
+  out = []
+  for kind in kinds:
+    many = kind == 'induction'
+    for e in examples:
+      pairs = tuple(zip(e.inputs, e.outputs))[:cases if many else 1]
+      out.append(Task(kind, e.program, pairs, shown=cases // 2 if many else 0, key=e.key))
+  return out
+
+
+def score(tasks: Sequence[Task], tools: selfplay.Tools, generate: Callable[..., Any], *,
+          samples: int, limit: int, part: str = 'same') -> list[dict[str, Any]]:
+  """One record per task, see `QUANTITIES`; without samples, of the greedy answer alone.
+
+  Args:
+    generate: `(requests, temperature, stop_fn, on_finish)` -> samples of each request.
+    samples: answers at temperature 1, beside the greedy one.
+    limit: tokens of an answer.
+  """
+  greedy = _answers(tasks, 1, 0.0, tools, generate, limit)
+  sampled = _answers(tasks, samples, 1.0, tools, generate, limit) if samples else greedy
+  out = []
+  for task, (first,), drawn in zip(tasks, greedy, sampled):
+    out.append({
+        'part': part, 'kind': task.kind, 'key': task.key, 'greedy': first.accuracy,
+        'tokens': float(np.mean([len(a.turn.response_ids) for a in drawn])),
+        'formed': float(np.mean([a.well_formed for a in drawn])),
+        'thinks': float(np.mean([_thinks(a, tools.prompts) for a in drawn]))})
+    if samples:
+      right = sum(a.accuracy == 1 for a in drawn)
+      logprobs = [x for a in drawn for x in a.turn.model_logprobs]
+      # The mean of -log p over drawn tokens is an unbiased estimate of the entropy per token.
+      out[-1] |= {'sampled': right / samples, f'pass@{samples}': pass_at(samples, right, samples),
+                  'right': right, 'entropy': -float(np.mean(logprobs))}
+  return out
+
+
+def summarize(items: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+  """{'part/kind': {quantity: [mean, low, high]}} with bootstrap 95 % intervals over programs.
+
+  'part/mean' is the mean over the kinds; a program's items of all kinds are resampled together.
+  """
+  return {name: {k: interval(v) for k, v in columns.items()}
+          for name, columns in _columns(items).items()}
+
+
+def compare(before: Sequence[dict[str, Any]],
+            after: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+  """`summarize` of the paired differences after - before.
+
+  Raises:
+    ValueError: the items are not the same, in the same order.
+  """
+  names = [[(i['part'], i['kind'], i['key']) for i in items] for items in (before, after)]
+  if names[0] != names[1]:
+    raise ValueError('items differ; evaluate both models with the same heldout.* fields.')
+  old, new = _columns(before), _columns(after)
+  return {name: {k: interval(new[name][k] - v) for k, v in columns.items() if k in new[name]}
+          for name, columns in old.items()}
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> list[float]:
+  """[mean, low, high]: percentiles of the means of resamples; the same in every call."""
+  values = np.asarray(values, np.float64)
+  rng = np.random.default_rng(0)
+  draws = rng.integers(len(values), size=(_RESAMPLES, len(values)), dtype=np.int32)
+  means = values[draws].mean(axis=1)
+  low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
+  return [round(float(x), 5) for x in (values.mean(), low, high)]
+
+
+def pass_at(n: int, right: int, k: int) -> float:
+  """Chance that k of n answers, drawn without replacement, hold a right one.
+
+  Source: Chen et al. (arXiv:2107.03374), eq. 1.
+  """
+  if not 0 <= right <= n or not 1 <= k <= n:
+    raise ValueError(f'pass@{k} of {n} answers, {right} right: needs 1 <= k <= n, right <= n.')
+  return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def table(scores: dict[str, dict[str, list[float]]]) -> str:
+  """The results for people: percentages with half the width of their intervals, and plain means."""
+  names = list(next(iter(scores.values())))
+  def cell(name, x):
+    if name in ('entropy', 'tokens'):
+      return f'{x[0]:.3g}'
+    return f'{100 * x[0]:.1f} ±{50 * (x[2] - x[1]):.1f}'
+  return metrics.table(['part/kind', *names], [
+      [row, *(cell(name, x) for name, x in s.items())] for row, s in scores.items()])
+
+
+def _answers(tasks, count, temperature, tools, generate, limit):
+  def sample(role, prompts, counts, stop_fn, on_finish):
+    assert role == Role.SOLVE
+    requests = [sampler_lib.Request(prompt_ids=ids, samples=n, max_new_tokens=limit)
+                for ids, n in zip(prompts, counts, strict=True)]
+    return generate(requests, temperature, stop_fn, on_finish)
+  rules = selfplay.Rules(**dict.fromkeys(
+      ('batch', 'mc_samples', 'references', 'solve_source', 'draw', 'reference_draw',
+       'recent_steps', 'keep', 'refuse_duplicates', 'show_references', 'train_propose', 'mc_use',
+       'max_prompt_tokens')))
+  return selfplay.answer(tasks, [count] * len(tasks), 'heldout', tools._replace(sample=sample),
+                         rules, timer=metrics.Timer())
+
+
+def _columns(items) -> dict[str, dict[str, np.ndarray]]:
+  """{'part/kind' or 'part/mean': {quantity: one number per program}}."""
+  quantities = [k for k in items[0] if k.partition('@')[0] in QUANTITIES]
+  out = {}
+  for part in dict.fromkeys(i['part'] for i in items):
+    mine = [i for i in items if i['part'] == part]
+    kinds = list(dict.fromkeys(i['kind'] for i in mine))
+    for kind in kinds:
+      out[f'{part}/{kind}'] = {k: np.array([i[k] for i in mine if i['kind'] == kind])
+                               for k in quantities}
+    out[f'{part}/mean'] = {k: np.mean([out[f'{part}/{kind}'][k] for kind in kinds], axis=0)
+                           for k in quantities}
+  return out
+
+
+def _thinks(attempt, prompts) -> bool:
+  """Whether anything stands before the answer's mark; sets without one tell nothing (False)."""
+  mark = prompts.formats.get(f'solve_{attempt.task.kind}')
+  if mark is None or not mark.after:
+    return False
+  whole = prompts.prefix(Role.SOLVE, attempt.task.kind) + attempt.turn.text
+  return bool(whole.partition(mark.after)[0].strip())

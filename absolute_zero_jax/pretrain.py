@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-trains a small model on generated programs until `train.steps`; the command line calls `run`.
+
+  documents (a thread writes ahead) --Rows--> [jit] next-token loss -> AdamW --> export/
+
+A batch depends on the seed and the number of its step alone, so a killed run goes on from its
+newest checkpoint with the very numbers it would have had. A finished run continues with a larger
+`train.steps`; the learning rate then follows the schedule of the new length.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent import futures
+import contextlib
+import functools
+import os
+import random
+import time
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from absolute_zero_jax import checkpoint, documents, logprobs, metrics, optimizer
+from absolute_zero_jax import config as config_lib
+from absolute_zero_jax import learner as learner_lib
+from absolute_zero_jax import tokenizer as tokenizer_lib
+from absolute_zero_jax import train as train_lib
+from absolute_zero_jax.models import decoder, hf, loading
+from absolute_zero_jax.tasks import prompts as prompts_lib
+
+_AHEAD = 4                       # batches written before they are asked for
+
+
+def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) -> Any:
+  """Pre-trains, continuing what `workdir` holds; returns the final `learner.TrainState`.
+
+  Writes config.json, tensorboard/, metrics.jsonl, checkpoints/ and with each of them export/.
+
+  Raises:
+    ValueError: a config that cannot work, or a model that is not 'random:...'.
+  """
+  config_lib.validate(c)
+  workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
+  console = metrics.Console(stream)
+  train_lib.use_compilation_cache()
+  tokenizer = tokenizer_lib.load(c.model.tokenizer)
+  model = loading.random_config(c.model.name)
+  tokenizer.check(model.vocab)
+  tx = optimizer.make_optimizer(steps=c.train.steps, **{
+      k: v for k, v in c.optimizer.to_dict().items() if k not in ('clip_norm', 'accumulate_dtype')})
+  with contextlib.ExitStack() as stack:
+    checkpoints = checkpoint.Checkpoints(workdir, keep=c.checkpoint.keep)
+    stack.callback(checkpoints.close)
+    latest = checkpoints.latest()
+    checkpoint.claim(workdir, config_lib.to_json(c), differences=config_lib.differences,
+                     free=train_lib.FREE_FIELDS if latest else None)
+    state = start(c, model, tx)
+    if latest is not None:
+      state = checkpoints.restore_state(latest, checkpoint.abstract_like(state))
+      console.stamp(f'continues after step {latest} of {c.train.steps}')
+    console.stamp(f'model: {sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f}M '
+                  f'parameters; {c.pretrain.batch} x {c.pretrain.line_tokens} tokens a step')
+    writer = metrics.Writer(workdir, (latest or 0) + 1)
+    stack.callback(writer.close)
+    update = compiled_step(model, tx, c)
+    batches = stack.enter_context(_written_ahead(make_batch(c, tokenizer), (latest or 0) + 1,
+                                                 c.train.steps))
+
+    def save(step, state):
+      checkpoints.save(step, state, {'step': step})
+      if c.checkpoint.export:
+        hf.save(model, state.params, workdir / 'export', tokenizer=tokenizer)
+    state = _train(c, state, update, batches, writer, console, save)
+    console.stamp(f'{workdir}/export holds the model' if c.checkpoint.export else 'done')
+    return state
+
+
+def start(c: config_lib.ConfigDict, model, tx) -> learner_lib.TrainState:
+  """Random weights from the seed, and the optimizer's first state."""
+  params = decoder.init(model, jax.random.key(c.seed), jnp.dtype(c.model.param_dtype))
+  return learner_lib.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def make_batch(c: config_lib.ConfigDict, tokenizer) -> Callable[[int], documents.Rows]:
+  """A function of the number of the step; held-out programs never occur in it."""
+  p = c.pretrain
+  recipe = documents.Recipe(
+      depths=tuple(p.depths), propose=p.propose, induce=p.induce, questions=p.questions,
+      think=p.think, prompt_weight=p.prompt_weight, references=p.references,
+      cases=c.selfplay.induction_cases)
+  write = documents.Writer(prompts_lib.load(c.selfplay.prompts), recipe)
+  def make(step):
+    return documents.rows(write, tokenizer, random.Random(f'pretrain {c.seed} {step}'),
+                          (p.batch, p.line_tokens), prompt_weight=p.prompt_weight)
+  return make
+
+
+def compiled_step(model, tx, c: config_lib.ConfigDict) -> Callable[..., Any]:
+  """(state, rows) -> (state, sums); the state is donated."""
+  hidden = functools.partial(decoder.hidden, model, dtype=jnp.dtype(c.model.dtype),
+                             remat=c.model.remat, attention=c.model.attention)
+
+  def loss_of(params, batch):
+    hidden_BTD = hidden(params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    before_ND = hidden_BTD[:, :-1].reshape(-1, hidden_BTD.shape[-1])
+    logprob_N, _ = logprobs.score(before_ND, decoder.unembed(params),
+                                  batch.tokens_BT[:, 1:].reshape(-1))
+    weight_N = batch.weights_BT[:, 1:].reshape(-1)
+    answer_N = (weight_N == 1).astype(jnp.float32)
+    sums = {'answer': -jnp.sum(answer_N * logprob_N), 'answers': jnp.sum(answer_N),
+            'prompt': -jnp.sum((weight_N > 0) * (1 - answer_N) * logprob_N),
+            'prompts': jnp.sum((weight_N > 0) * (1 - answer_N))}
+    return -jnp.sum(weight_N * logprob_N) / jnp.sum(weight_N), sums
+
+  def step(state, batch):
+    gradient, sums = jax.grad(loss_of, has_aux=True)(state.params, batch)
+    norm = optax.tree.norm(gradient)
+    scale = jnp.minimum(1, c.optimizer.clip_norm / jnp.maximum(norm, 1e-30))
+    gradient = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradient)
+    change, opt_state = tx.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, change)
+    return learner_lib.TrainState(state.step + 1, params, opt_state), sums | {'norm': norm}
+
+  return jax.jit(step, donate_argnums=(0,),
+                 compiler_options=learner_lib.compiler_options(jax.default_backend()))
+
+
+def _train(c, state, update, batches, writer, console, save):
+  """All steps that are left; logs means over `log.every_steps`."""
+  sums: list[Any] = []
+  since = time.perf_counter()
+  for step, batch in batches:
+    state, found = update(state, batch)
+    sums.append(found)
+    if step % c.log.every_steps == 0 or step == c.train.steps:
+      values = _means(jax.device_get(sums))
+      tokens = len(sums) * c.pretrain.batch * c.pretrain.line_tokens
+      values['tokens_per_s'] = tokens / (time.perf_counter() - since)
+      writer.scalars(step, {f'pretrain/{k}': v for k, v in values.items()})
+      writer.flush()
+      console.stamp(f'{step}/{c.train.steps}  answers {values["answer"]:.4f}  prompts '
+                    f'{values["prompt"]:.4f} nats/token  norm {values["norm"]:.2f}  '
+                    f'{values["tokens_per_s"]:.0f} tokens/s')
+      sums, since = [], time.perf_counter()
+    if step % c.checkpoint.every_steps == 0 or step == c.train.steps:
+      save(step, state)
+  return state
+
+
+def _means(sums: list[dict[str, np.ndarray]]) -> dict[str, float]:
+  total = {k: float(np.sum([s[k] for s in sums], dtype=np.float64)) for k in sums[0]}
+  return {'answer': total['answer'] / max(total['answers'], 1),
+          'prompt': total['prompt'] / max(total['prompts'], 1), 'norm': total['norm'] / len(sums)}
+
+
+@contextlib.contextmanager
+def _written_ahead(make: Callable[[int], documents.Rows], first: int,
+                   last: int) -> Iterator[Iterator[tuple[int, documents.Rows]]]:
+  """(step, batch) from `first` to `last`, made in a thread while earlier ones are computed."""
+  with futures.ThreadPoolExecutor(1) as pool:
+    def batches():
+      waiting = [pool.submit(make, step) for step in range(first, min(first + _AHEAD, last + 1))]
+      for step in range(first, last + 1):
+        batch = waiting.pop(0).result()
+        if step + _AHEAD <= last:
+          waiting.append(pool.submit(make, step + _AHEAD))
+        yield step, batch
+    try:
+      yield batches()
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)

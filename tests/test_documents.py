@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The carried tokenizer, and documents: true, in the exact form of the prompts of self-play."""
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from absolute_zero_jax import documents, grammar, lexicon, tasks, tokenizer
+from absolute_zero_jax.tasks import prompts as prompts_lib
+from absolute_zero_jax.types import Role, Task
+
+PROMPTS = prompts_lib.load('tiny')
+TOKENS = tokenizer.load(lexicon.FOLDER)
+ANSWER = PROMPTS.formats['solve_deduction'].after
+
+
+@pytest.fixture(scope='module')
+def written():
+  rng = random.Random(0)
+  write = documents.Writer(PROMPTS, documents.Recipe())
+  return [write.document(rng) for _ in range(300)]
+
+
+def test_the_carried_tokenizer_is_the_one_that_is_built(tmp_path):
+  lexicon.save(tmp_path)
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    assert (tmp_path / name).read_text() == (lexicon.FOLDER / name).read_text()
+
+
+@given(st.text() | st.text(alphabet="def f(a):\n    return+-[]'0123456789, #answerthink"))
+@settings(max_examples=200, deadline=None)
+def test_any_text_comes_back(text):
+  assert TOKENS.decode(TOKENS.encode(text)) == text
+
+
+def test_transformers_reads_the_same_tokenizer():
+  transformers = pytest.importorskip('transformers')
+  theirs = transformers.AutoTokenizer.from_pretrained(lexicon.FOLDER)
+  rng = random.Random(1)
+  texts = [grammar.example(rng).program for _ in range(20)]
+  texts += [*lexicon.MARKERS, 'héllo 日本\x00\n# answer\n-12 345', '  x  ==y']
+  for text in texts:
+    assert theirs(text)['input_ids'] == TOKENS.encode(text)
+    assert theirs.decode(TOKENS.encode(text)) == text
+  assert (theirs.eos_token_id, theirs.pad_token_id) == (TOKENS.eos_id, TOKENS.pad_id)
+
+
+def test_words_are_single_tokens_and_programs_are_short():
+  assert all(len(TOKENS.encode(w)) == 1 for w in (*lexicon.words(), *lexicon.MARKERS))
+  assert TOKENS.vocab_size == 600 and TOKENS.stop_ids == {TOKENS.eos_id}
+  rng = random.Random(1)
+  lengths = [len(TOKENS.encode(grammar.example(rng).program)) for _ in range(100)]
+  assert np.mean(lengths) < 25
+
+
+def test_proposals_are_read_back_as_they_were_written(written):
+  kinds = {k: tasks.get(k, cases=6) for k in ('deduction', 'abduction', 'induction')}
+  seen = set()
+  for (prompt, response), *_ in written:
+    name = next((k for k in kinds if prompt.endswith(f'# new {k}\n') or
+                 prompt.startswith(f'# new {k}\n')), None)
+    if name is None:
+      continue
+    seen.add(name)
+    well_formed, body = PROMPTS.extract(Role.PROPOSE, name, response, finished=True)
+    reference = Task('deduction', prompt.partition('\n')[2], (('1', '1'),))
+    found = kinds[name].parse_proposal(body, [reference])
+    assert well_formed and not isinstance(found, str), (response, found)
+    outputs = [grammar.run(found.program, i) for i in found.inputs]
+    assert None not in outputs and len(outputs) == (6 if name == 'induction' else 1)
+  assert seen == set(kinds)
+
+
+def test_answers_and_thinking_are_true(written):
+  """Each answer, read as self-play reads it and run again; and each line of thinking."""
+  counts = {}
+  for document in written:
+    first = document[0][0]
+    program = first.partition('\nf(')[0].partition('\n# f(?)')[0]
+    for prompt, response in document:
+      if ANSWER not in response:
+        continue
+      kind = _kind(prompt)
+      _, body = PROMPTS.extract(Role.SOLVE, kind, response, finished=True)
+      answer = tasks.get(kind).parse_answer(body)
+      thought = response.partition(ANSWER)[0]
+      counts[kind, bool(thought)] = counts.get((kind, bool(thought)), 0) + 1
+      if kind == 'deduction':
+        given = prompt.rpartition('\nf(')[2][:-1]
+        assert grammar.run(program, given) == answer
+        if thought:
+          assert thought == documents.THINK + ''.join(
+              f'\n{line}' for line in grammar.trace(program, given))
+      elif kind == 'abduction':
+        assert grammar.run(program, answer) == prompt.rpartition(' is ')[2]
+        _check_cases(program, thought)
+        assert not thought or f'f({answer}) ==' in thought.rpartition('\n')[2]
+      else:
+        _check_cases(answer, prompt)
+        for part in thought.split(documents.REJECT):
+          candidate, mark, cases = part.removeprefix(documents.THINK).partition('\nf(')
+          if mark:
+            _check_cases(candidate.strip('\n'), mark + cases)
+  assert set(counts) == {(k, t) for k in ('deduction', 'abduction', 'induction')
+                         for t in (False, True)}
+  thinking = sum(n for (_, thinks), n in counts.items() if thinks) / sum(counts.values())
+  assert 0.15 < thinking < 0.35
+
+
+def _kind(prompt):
+  if prompt.startswith('# find f'):
+    return 'induction'
+  return 'abduction' if '\n# f(?) is ' in prompt else 'deduction'
+
+
+def _check_cases(program, text):
+  for line in text.split('\n'):
+    if line.startswith('f('):
+      given, _, output = line.removeprefix('f(').partition(') == ')
+      assert grammar.run(program, given) == output, (program, line)
+
+
+def test_later_questions_continue_the_prompt_of_self_play(written):
+  """The first question is the solver's prompt itself; what follows is that prompt's ending."""
+  several = [d for d in written if len(d) > 1]
+  assert several
+  for document in several:
+    program = document[0][0].partition('\nf(')[0].partition('\n# f(?)')[0]
+    for prompt, response in document:
+      kind = _kind(prompt)
+      answer = tasks.get(kind).parse_answer(response.partition(ANSWER)[2])
+      given = prompt.rpartition('\nf(')[2][:-1] if kind == 'deduction' else answer
+      task = Task(kind, program, ((given, grammar.run(program, given)),), key='k')
+      whole = tasks.get(kind).solve_prompt(task, PROMPTS)
+      assert whole.endswith(prompt) and whole in (prompt, program + prompt)
+
+
+def test_rows_hold_whole_documents_and_depend_on_the_seed_alone():
+  write = documents.Writer(PROMPTS, documents.Recipe())
+  def rows():
+    return documents.rows(write, TOKENS, random.Random('7'), (4, 256), prompt_weight=0.2)
+  first = rows()
+  assert all(np.array_equal(a, b) for a, b in zip(first, rows()))
+  assert (first.segments_BT > 0).mean() > 0.9
+  for tokens_T, positions_T, segments_T, weights_T in zip(*first):
+    for segment in range(1, segments_T.max() + 1):
+      mine = segments_T == segment
+      assert np.array_equal(positions_T[mine], np.arange(mine.sum()))
+      assert tokens_T[mine][-1] == TOKENS.eos_id
+      assert weights_T[mine][0] == 0 and weights_T[mine][-1] == 1
+    assert not weights_T[segments_T == 0].any()
+
+
+def test_the_elicitation_sets_differ_only_in_how_the_response_opens():
+  task = Task('deduction', 'def f(a):\n    return a', (('1', '1'),), key='k')
+  plain = tasks.get('deduction').solve_prompt(task, PROMPTS)
+  for name, opening in (('tiny_think', documents.THINK), ('tiny_direct', ANSWER)):
+    other = prompts_lib.load(name)
+    assert tasks.get('deduction').solve_prompt(task, other) == plain + opening
+    assert other.files['propose_deduction'] == PROMPTS.files['propose_deduction']
+    assert other.hash != PROMPTS.hash
+
+
+def test_an_answer_stands_behind_its_mark_and_must_end():
+  def extract(response, finished=True):
+    return PROMPTS.extract(Role.SOLVE, 'deduction', response, finished=finished)
+  assert extract(f'{ANSWER}7') == (True, '7')
+  assert extract(f'\n# think\na = 3{ANSWER}7') == (True, '7')
+  assert extract(f'{ANSWER}7', finished=False)[0] is False
+  assert extract('\n# think\na = 3')[0] is False
+  direct = prompts_lib.load('tiny_direct')
+  assert direct.extract(Role.SOLVE, 'deduction', '7', finished=True) == (True, '7')

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The held-out measure: scripted models get what they deserve; intervals and pass@k by hand."""
+
+import io
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from absolute_zero_jax import (
+  buffer,
+  evaluate,
+  executor,
+  grammar,
+  lexicon,
+  metrics,
+  selfplay,
+  tasks,
+  tokenizer,
+)
+from absolute_zero_jax import config as config_lib
+from absolute_zero_jax.models import decoder, hf, loading
+from absolute_zero_jax.sampler import Sample
+from absolute_zero_jax.tasks import prompts as prompts_lib
+
+KINDS = ('deduction', 'abduction', 'induction')
+TOKENS = tokenizer.load(lexicon.FOLDER)
+PROMPTS = prompts_lib.load('tiny')
+ANSWER = PROMPTS.formats['solve_deduction'].after
+
+
+@pytest.fixture(scope='module')
+def service():
+  with executor.start(workers=2, min_isolation='weak', score_timeout_s=0.5) as made:
+    yield made
+
+
+def _score(service, script, *, samples=4, count=4):
+  """Scores of a model that answers `script(task, sample number, temperature)`."""
+  tools = selfplay.Tools(kinds=[tasks.get(k, cases=6) for k in KINDS], prompts=PROMPTS,
+                         tokenizer=TOKENS, sample=None, submit=service.submit, rewards=None)
+  todo = evaluate.held_out_tasks(3, count, 'same', kinds=KINDS)
+
+  def generate(requests, temperature, stop_fn, on_finish):
+    del stop_fn
+    out = []
+    for i, (request, task) in enumerate(zip(requests, todo, strict=True)):
+      assert tuple(TOKENS.encode(tasks.get(task.kind).solve_prompt(task, PROMPTS))) == (
+          request.prompt_ids)
+      out.append([])
+      for n in range(request.samples):
+        ids = (*TOKENS.encode(script(task, n, temperature)), TOKENS.eos_id)
+        out[-1].append(Sample(i, n, ids, (-0.5,) * len(ids), (-0.5,) * len(ids), 'stop'))
+        on_finish(out[-1][-1])
+    return out
+  return evaluate.score(todo, tools, generate, samples=samples, limit=64)
+
+
+def _gold(task):
+  return {'deduction': task.output, 'abduction': task.input, 'induction': task.program}[task.kind]
+
+
+def test_a_model_that_knows_gets_everything(service):
+  items = _score(service, lambda task, n, t: ANSWER + _gold(task))
+  assert len(items) == 12 and all(i['greedy'] == 1 and i['right'] == 4 for i in items)
+  scores = evaluate.summarize(items)
+  assert scores['same/mean']['greedy'] == scores['same/mean']['pass@4'] == [1, 1, 1]
+  assert scores['same/deduction']['entropy'][0] == 0.5 and scores['same/mean']['thinks'][0] == 0
+
+
+def test_wrong_hostile_and_unfinished_answers_get_nothing(service):
+  wrong = {'deduction': '__import__("os").getpid()', 'abduction': 'open("/etc/passwd").read()',
+           'induction': 'def f(a, b=0):\n    while True:\n        pass'}
+  items = _score(service, lambda task, n, t: ANSWER + wrong[task.kind], samples=0, count=1)
+  assert all(i['greedy'] == 0 and i['formed'] == 1 and 'sampled' not in i for i in items)
+  items = _score(service, lambda task, n, t: _gold(task), samples=0)
+  assert all(i['greedy'] == 0 and i['formed'] == 0 for i in items)
+
+
+def test_sampled_and_greedy_are_told_apart_and_thinking_is_seen(service):
+  def script(task, n, temperature):
+    right = temperature == 1 and n == 0
+    return f'\n# think\na = 1{ANSWER}' + (_gold(task) if right else '[None]')
+  for item in _score(service, script):
+    assert (item['greedy'], item['sampled'], item['pass@4']) == (0, 0.25, 1)
+    assert item['thinks'] == 1
+
+
+def test_pass_at_k_by_hand():
+  assert evaluate.pass_at(8, 0, 8) == 0 and evaluate.pass_at(8, 1, 8) == 1
+  assert evaluate.pass_at(4, 1, 2) == pytest.approx(0.5)
+  assert evaluate.pass_at(5, 2, 3) == pytest.approx(1 - 1 / 10)
+  with pytest.raises(ValueError, match='k <= n'):
+    evaluate.pass_at(4, 1, 5)
+
+
+def test_intervals_are_those_of_the_normal_approximation():
+  values = np.arange(1000) % 4 == 0
+  mean, low, high = evaluate.interval(values)
+  half = 1.96 * (0.25 * 0.75 / 1000)**0.5
+  assert mean == 0.25
+  assert low == pytest.approx(0.25 - half, abs=0.003)
+  assert high == pytest.approx(0.25 + half, abs=0.003)
+  assert evaluate.interval(values) == [mean, low, high]
+
+
+def test_paired_differences_are_narrower_than_unpaired():
+  rng = np.random.default_rng(0)
+  before = [{'part': 'same', 'kind': k, 'key': str(i), 'greedy': float(rng.random() < 0.5)}
+            for k in KINDS for i in range(200)]
+  after = [b | {'greedy': max(b['greedy'], float(i % 10 == 0))} for i, b in enumerate(before)]
+  found = evaluate.compare(before, after)['same/mean']['greedy']
+  gain = np.mean([a['greedy'] - b['greedy'] for a, b in zip(after, before)])
+  assert found[0] == pytest.approx(gain, abs=1e-5)
+  # Unpaired, the interval would be 0.11 wide and hold 0.
+  assert found[1] > 0 and found[2] - found[1] < 0.08
+  with pytest.raises(ValueError, match='heldout'):
+    evaluate.compare(before, after[::-1])
+
+
+def test_held_out_tasks_are_of_every_kind_and_part():
+  todo = evaluate.held_out_tasks(3, 5, 'deeper', kinds=KINDS)
+  assert [t.kind for t in todo] == [k for k in KINDS for _ in range(5)]
+  assert all(grammar.excludes(t) for t in todo)
+  assert {len(t.cases) for t in todo if t.kind == 'induction'} == {6}
+  assert all(t.shown == 3 for t in todo if t.kind == 'induction')
+
+
+def test_self_play_refuses_programs_of_the_test_side(service):
+  rng = random.Random(4)
+  test, free = grammar.test_set(3, 1)[0], grammar.example(rng)
+  texts = [f'{e.program}\nf({e.inputs[0]})' for e in (test, free)]
+  # The same program, written otherwise.
+  texts.append('# mine\n' + texts[0])
+
+  def sample(role, prompts, counts, stop_fn, on_finish):
+    del role, counts, stop_fn
+    ids = [(*TOKENS.encode(t), TOKENS.eos_id) for t in texts]
+    made = [[Sample(i, 0, x, (0.0,) * len(x), (0.0,) * len(x), 'stop')] for i, x in enumerate(ids)]
+    assert len(made) == len(prompts)
+    for (one,) in made:
+      on_finish(one)
+    return made
+
+  kind = tasks.get('deduction')
+  tools = selfplay.Tools(kinds=[kind], prompts=PROMPTS, tokenizer=TOKENS, sample=sample,
+                         submit=service.submit, rewards=None, excludes=grammar.excludes)
+  rules = selfplay.Rules(
+      batch=3, mc_samples=1, references=0, solve_source='fresh', draw='max_new',
+      reference_draw='uniform', recent_steps=1, keep='all', refuse_duplicates=True,
+      show_references=True, train_propose=True, mc_use='measure', max_prompt_tokens=256)
+  memory = buffer.TaskBuffer(['deduction'])
+  found = selfplay.propose(1, memory, tools, rules, np.random.default_rng(0),
+                           timer=metrics.Timer())
+  assert [a.status for a in found] == ['excluded', 'ok', 'excluded']
+  allowed = selfplay.propose(1, memory, tools._replace(excludes=lambda task: False), rules,
+                             np.random.default_rng(0), timer=metrics.Timer())
+  assert [a.status for a in allowed] == ['ok', 'ok', 'duplicate']
+
+
+def test_the_command_scores_a_model_directory(tmp_path):
+  model = loading.random_config(
+      'random:qwen2,vocab=600,embed=32,layers=1,heads=2,kv_heads=2,head_dim=16,ffn=64,tied=true')
+  hf.save(model, decoder.init(model, jax.random.key(0)), tmp_path / 'model', tokenizer=TOKENS)
+  c = config_lib.get_config()
+  c.command, c.model.name = 'evaluate', str(tmp_path / 'model')
+  c.selfplay.prompts, c.selfplay.induction_cases, c.selfplay.kinds = 'tiny', 6, KINDS
+  c.executor.min_isolation, c.executor.workers = 'weak', 2
+  c.sampler.slots, c.sampler.max_solve_tokens, c.sampler.max_prompt_tokens = 8, 8, 256
+  c.sampler.max_propose_tokens = 8
+  c.heldout.count, c.heldout.samples, c.heldout.parts = 2, 2, ('same',)
+  text = io.StringIO()
+  results = evaluate.run(c, tmp_path / 'out', stream=text)
+  assert json.loads((tmp_path / 'out' / 'results.json').read_text()) == results
+  assert results['scores']['same/mean']['greedy'][0] == 0
+  assert 'same/induction' in text.getvalue()
+  items = [json.loads(x) for x in (tmp_path / 'out' / 'items.jsonl').read_text().splitlines()]
+  assert len(items) == 6
+  assert evaluate.compare(items, items)['same/mean']['greedy'] == [0, 0, 0]

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generated programs: deterministic, ending, dependent on input; traces and splits are true."""
+
+import ast
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from absolute_zero_jax import grammar
+from absolute_zero_jax.types import Task
+
+
+@pytest.fixture(scope='module')
+def examples():
+  rng = random.Random(0)
+  return [grammar.example(rng) for _ in range(300)]
+
+
+def _call(source, given):
+  """An interpreter of the test's own."""
+  scope = {}
+  exec(source, scope)
+  return repr(scope['f'](*ast.literal_eval(f'({given},)')))
+
+
+def test_the_same_seed_gives_the_same_programs_in_a_process_with_another_hash_seed(examples):
+  code = ('import random; from absolute_zero_jax import grammar; r = random.Random(0); '
+          'print([grammar.example(r) for _ in range(20)])')
+  out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                       env=os.environ | {'PYTHONHASHSEED': '7'}, timeout=60)
+  assert out.stdout.strip() == repr(examples[:20])
+
+
+def test_outputs_are_what_python_says_and_repeat(examples):
+  for e in examples:
+    assert tuple(_call(e.program, given) for given in e.inputs) == e.outputs
+    assert all(len(o) <= grammar.MAX_VALUE_CHARS for o in e.outputs)
+
+
+def test_outputs_depend_on_inputs(examples):
+  for e in examples:
+    assert len(set(e.inputs)) == len(e.inputs) == 6
+    assert len(set(e.outputs)) >= 3
+
+
+def test_programs_use_the_language(examples):
+  text = '\n'.join(e.program for e in examples)
+  for part in ('for ', 'while ', 'if ', 'else', 'for i in', '{', '(', "'", '['):
+    assert part in text
+  assert len({e.key for e in examples}) > 200
+  assert {type(ast.literal_eval(o)) for e in examples for o in e.outputs} == {
+      int, list, str, tuple, dict}
+
+
+def test_deep_programs_are_longer_than_any_that_is_trained_on():
+  def statements(source):
+    return sum(isinstance(n, ast.stmt) for n in ast.parse(source).body[0].body) - 1
+  rng = random.Random(1)
+  # `v = 0` and the loop behind it are one statement of the grammar and two of Python.
+  assert min(statements(grammar.example(rng, grammar.DEEP).program) for _ in range(50)) >= 4
+  assert max(statements(grammar.example(rng).program) for _ in range(200)) <= 2 * 3
+
+
+def test_traces_are_true(examples):
+  """Every line of a trace, checked by running the program with a print behind each statement."""
+  for e in examples[:80]:
+    lines = grammar.trace(e.program, e.inputs[0])
+    assert lines == grammar.trace(e.program, e.inputs[0])
+    names = [a.arg for a in ast.parse(e.program).body[0].args.args]
+    values = ast.literal_eval(f'({e.inputs[0]},)')
+    assert lines[:len(names)] == tuple(f'{n} = {v!r}' for n, v in zip(names, values))
+    # The program's own last values, from an instrumented copy that returns its locals.
+    head, _, _ = e.program.rpartition('\n    return ')
+    final = ast.literal_eval(_call(f'{head}\n    return str(dict(locals()))', e.inputs[0]))
+    last = dict(line.split(' = ', 1) for line in lines)
+    assert last == {k: repr(v) for k, v in ast.literal_eval(final).items()}
+
+
+def test_a_trace_by_hand():
+  source = 'def f(a):\n    c = 0\n    for i in a:\n        c += i\n    return c * 2'
+  assert grammar.trace(source, '[3, 4]') == (
+      'a = [3, 4]', 'c = 0', 'i = 3', 'c = 3', 'i = 4', 'c = 7')
+
+
+def test_variants_differ_and_end(examples):
+  rng = random.Random(2)
+  made = [(e, grammar.variant(rng, e.program)) for e in examples]
+  changed = [(e, v) for e, v in made if v is not None]
+  assert len(changed) > 150
+  for e, v in changed:
+    assert v != e.program and 'while' not in v
+    grammar.run(v, e.inputs[0])
+
+
+def test_the_split_is_by_the_normal_form():
+  source = 'def f(a):\n    c = a + 3\n    return c * 2'
+  renamed = 'def f(number):\n  # a comment\n  x=number+3\n  return x * 2'
+  assert grammar.key(source) == grammar.key(renamed) != grammar.key(source.replace('3', '4'))
+  task = Task('deduction', renamed, (('1', '8'),), key='k')
+  assert grammar.excludes(task) == grammar.is_held_out(grammar.key(source))
+
+
+def test_no_training_program_is_on_the_test_side(examples):
+  tests = [*grammar.test_set(5, 20), *grammar.test_set(5, 10, 'deeper')]
+  assert all(grammar.is_held_out(e.key) for e in tests)
+  assert not any(grammar.is_held_out(e.key) for e in examples)
+  assert all(grammar.key(e.program) == e.key for e in (*tests, *examples[:20]))
+
+
+def test_test_sets_depend_on_the_seed_alone():
+  first = grammar.test_set(5, 8)
+  assert first == grammar.test_set(5, 20)[:8] != grammar.test_set(6, 8)
+  assert len({e.key for e in first}) == 8
+  with pytest.raises(ValueError, match='deeper'):
+    grammar.test_set(5, 8, 'other')

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-training on generated programs: learns, resumes bit for bit, leaves a model that loads."""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from absolute_zero_jax import config as config_lib
+from absolute_zero_jax import lexicon, optimizer, pretrain, tokenizer
+from absolute_zero_jax.models import decoder, loading
+
+
+def _config(**fields):
+  c = config_lib.get_config()
+  c.command = 'pretrain'
+  c.model.name = ('random:qwen2,vocab=600,embed=32,layers=1,heads=2,kv_heads=2,head_dim=16,ffn=64,'
+                  'tied=true')
+  c.model.tokenizer, c.model.remat = str(lexicon.FOLDER), 'none'
+  c.selfplay.prompts, c.selfplay.induction_cases = 'tiny', 6
+  c.pretrain.batch = 4
+  c.train.steps, c.checkpoint.every_steps, c.log.every_steps = 12, 4, 4
+  c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = 1e-2, 'cosine', 2
+  for name, value in fields.items():
+    section, _, field = name.partition('__')
+    c[section][field] = value
+  return c
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('whole')
+  return folder, pretrain.run(_config(), folder, stream=io.StringIO())
+
+
+def test_the_loss_falls(finished):
+  lines = [json.loads(x) for x in (finished[0] / 'metrics.jsonl').read_text().splitlines()]
+  assert [x['step'] for x in lines] == [4, 8, 12]
+  # log(600) = 6.4 at the start
+  assert lines[0]['pretrain/answer'] > lines[1]['pretrain/answer'] > lines[2]['pretrain/answer']
+  assert lines[2]['pretrain/answer'] < 5.5
+
+
+def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
+  made = pretrain.make_batch
+  def failing(c, tokens):
+    make = made(c, tokens)
+    def batch(step):
+      if step == 10:
+        raise RuntimeError('killed')
+      return make(step)
+    return batch
+  monkeypatch.setattr(pretrain, 'make_batch', failing)
+  with pytest.raises(RuntimeError, match='killed'):
+    pretrain.run(_config(), tmp_path, stream=io.StringIO())
+  monkeypatch.undo()
+  text = io.StringIO()
+  state = pretrain.run(_config(), tmp_path, stream=text)
+  assert 'continues after step 8' in text.getvalue()
+  same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), state, finished[1])
+  assert all(jax.tree.leaves(same))
+
+
+def test_the_export_loads_as_any_model_does(finished):
+  model, params, _ = loading.load(finished[0] / 'export')
+  assert model.family == 'qwen2' and model.tied
+  same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), params, finished[1].params)
+  assert all(jax.tree.leaves(same))
+  tokens = tokenizer.load(finished[0] / 'export')
+  carried = tokenizer.load(lexicon.FOLDER)
+  assert tokens.encode('def f(a):\n    return a + 12') == carried.encode(
+      'def f(a):\n    return a + 12')
+  assert tokens.stop_ids == carried.stop_ids and tokens.pad_id == carried.pad_id
+
+
+def test_one_step_is_adamw_on_the_weighted_next_token_loss():
+  c = _config()
+  c.optimizer.clip_norm = 0.5
+  model = loading.random_config(c.model.name)
+  tx = optimizer.make_optimizer(1e-2)
+  batch = pretrain.make_batch(c, tokenizer.load(lexicon.FOLDER))(1)
+
+  documents = [(t[s == n], w[s == n]) for t, s, w in zip(
+      batch.tokens_BT, batch.segments_BT, batch.weights_BT) for n in range(1, s.max() + 1)]
+  tokens_BT = np.zeros((len(documents), 256), np.int32)
+  weights_BT = np.zeros((len(documents), 256), np.float32)
+  for i, (ids, weights) in enumerate(documents):
+    tokens_BT[i, :len(ids)], weights_BT[i, :len(ids)] = ids, weights
+
+  def loss(params):
+    """A whole log-softmax over documents that stand alone, each in a row of its own."""
+    logp_BTV = jax.nn.log_softmax(decoder.logits(model, params, tokens_BT))
+    logp_BT = jnp.take_along_axis(logp_BTV[:, :-1], tokens_BT[:, 1:, None], 2)[..., 0]
+    return -jnp.sum(logp_BT * weights_BT[:, 1:]) / weights_BT[:, 1:].sum()
+
+  state = pretrain.start(c, model, tx)
+  gradient = jax.jit(jax.grad(loss))(state.params)
+  norm = np.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(gradient)))
+  assert norm > 0.5
+  clipped = jax.tree.map(lambda g: g * (0.5 / norm), gradient)
+  # Adam's first moment after one step is (1 - b1) of the clipped gradient.
+  new, found = pretrain.compiled_step(model, tx, c)(state, batch)
+  assert float(found['norm']) == pytest.approx(norm, rel=1e-4)
+  for mine, theirs in zip(jax.tree.leaves(new.opt_state[0].mu), jax.tree.leaves(clipped)):
+    np.testing.assert_allclose(mine, 0.1 * theirs, atol=2e-6)
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(finished, tmp_path):
+  del finished
+  short = _config(train__steps=4)
+  pretrain.run(short, tmp_path, stream=io.StringIO())
+  state = pretrain.run(_config(train__steps=6), tmp_path, stream=io.StringIO())
+  assert int(state.step) == 6
+
+
+def test_prompts_count_less():
+  c = _config()
+  batch = pretrain.make_batch(c, tokenizer.load(lexicon.FOLDER))(3)
+  assert [round(float(w), 3) for w in np.unique(batch.weights_BT)] == [0.0, 0.2, 1.0]
