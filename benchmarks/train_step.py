@@ -68,6 +68,7 @@ def _report(results, flags) -> None:
 
 
 def _jax(flags) -> dict:
+  sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
   import jax
   import optax
 
