@@ -16,7 +16,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['absolute_zero_jax', 'absolute_zero_jax.*']),
-    package_data={'absolute_zero_jax': ['tasks/prompts/**/*', 'tasks/prompts/*']},
+    package_data={'absolute_zero_jax': ['tasks/prompts/**/*', 'tasks/prompts/*', 'carried/**/*']},
     install_requires=[
         # Python 3.11 ends at jax 0.10.2 and flax 0.12.8; newer pairs need Python 3.12.
         'jax>=0.10',
@@ -54,6 +54,9 @@ setup(
             'torch>=2.6,<=2.13.0',
             'accelerate>=1.0',
             'safetensors>=0.5',
+            # Intrinsic rewards against the reference's values.
+            'complexipy>=3',
+            'radon>=6',
         ],
         # Intrinsic rewards that measure programs.
         'rewards': ['complexipy>=3', 'radon>=6'],

@@ -50,6 +50,49 @@ def trr_plus_plus(r: Rollout, *, whiten_by: str = 'role_kind', count: str = 'tok
   return _whiten(_returns(r), r, whiten_by, count, _unbiased)
 
 
+def trr_prompt(r: Rollout, *, whiten_by: str = 'role_kind', count: str = 'token') -> np.ndarray:
+  """`trr_plus_plus` in which a prompt with several answers is its own baseline.
+
+  An answer loses the mean of the *other* answers to its prompt; one that is alone with its prompt
+  loses the mean of its like in the scope. All are then divided by the root mean square of the
+  scope. A prompt of equal rewards, and a scope of equal lone rows, gets exactly zero. With lone
+  rows only this is `trr_plus_plus`. For batches in which Monte-Carlo answers train.
+  """
+  centred_B, informative_B = _centre(r)
+  group_B, size_G = _groups(r.prompt_B)
+  lone_B = size_G[group_B] == 1
+  others_B = centred_B * (size_G / np.maximum(size_G - 1, 1))[group_B]
+  value_BT = _returns(r) - np.where(lone_B, 0, _scores(r) - others_B)[:, None]
+  value_BT = np.where(_keeps(r, informative_B | lone_B), value_BT, 0)
+  weight_BT, out_BT = _votes(r, count), np.zeros(value_BT.shape)
+  scope_B, size_S = _groups(_scope(r, whiten_by))
+  for scope in range(len(size_S)):
+    member_BT = (scope_B == scope)[:, None] & (r.mask_BT > 0)
+    alone_BT = member_BT & lone_B[:, None]
+    if alone_BT.any():
+      value = value_BT[alone_BT]
+      mean = (weight_BT[alone_BT] * value).sum() / weight_BT[alone_BT].sum()
+      value_BT[alone_BT] = 0 if value.min() == value.max() else value - mean
+    weight, value = weight_BT[member_BT], value_BT[member_BT]
+    n = max(weight.sum(), 1e-30)
+    out_BT[member_BT] = value * _unbiased((weight * value**2).sum() / n, n)
+  return out_BT.astype(np.float32)
+
+
+def opo(r: Rollout) -> np.ndarray:
+  """score - mean of the prompt's scores weighted by response length. Prompts sampled once get zero.
+
+  The baseline of least variance if a gradient's square grows with the length of its response.
+
+  Source: On-Policy RL with Optimal Reward Baseline (arXiv:2505.23585); verl `opo`.
+  """
+  _, informative_B = _centre(r)
+  score_B, length_B, (group_B, _) = _scores(r), r.mask_BT.sum(axis=1), _groups(r.prompt_B)
+  mean_G = (np.bincount(group_B, score_B * length_B)
+            / np.maximum(np.bincount(group_B, length_B), 1))
+  return _terminal(r, score_B - mean_G[group_B], informative_B)
+
+
 def reinforce_plus_plus(r: Rollout, *, whiten_by: str = 'global', count: str = 'token',
                         ) -> np.ndarray:
   """REINFORCE++: returns whitened over all response tokens of the batch, population variance.
@@ -113,11 +156,13 @@ def rloo(r: Rollout) -> np.ndarray:
 
 ESTIMATORS: dict[str, Callable[..., np.ndarray]] = {
     'trr_plus_plus': trr_plus_plus,
+    'trr_prompt': trr_prompt,
     'reinforce_plus_plus': reinforce_plus_plus,
     'reinforce_plus_plus_baseline': reinforce_plus_plus_baseline,
     'grpo': grpo,
     'dr_grpo': dr_grpo,
     'rloo': rloo,
+    'opo': opo,
 }
 
 
@@ -216,12 +261,7 @@ def _whiten(value_BT, r: Rollout, whiten_by: str, count: str,
 
   `count` says what has one vote in the moments: each 'token' or each 'sequence'.
   """
-  if count not in ('token', 'sequence'):
-    raise ValueError(f"whiten_count={count!r} is unknown; allowed: 'token', 'sequence'.")
-  weight_BT = np.asarray(r.mask_BT, np.float64)
-  if count == 'sequence':
-    weight_BT = weight_BT / np.maximum(weight_BT.sum(axis=1, keepdims=True), 1)
-  out_BT = np.zeros(value_BT.shape)
+  weight_BT, out_BT = _votes(r, count), np.zeros(value_BT.shape)
   scope_B, size_G = _groups(_scope(r, whiten_by))
   for scope in range(len(size_G)):
     member_BT = (scope_B == scope)[:, None] & (r.mask_BT > 0)
@@ -232,6 +272,16 @@ def _whiten(value_BT, r: Rollout, whiten_by: str, count: str,
     centred = value - (weight * value).sum() / n
     out_BT[member_BT] = centred * scale((weight * centred**2).sum() / n, n)
   return out_BT.astype(np.float32)
+
+
+def _votes(r: Rollout, count: str) -> np.ndarray:
+  """Weight of each token in moments where each 'token', or each 'sequence', has one vote."""
+  if count not in ('token', 'sequence'):
+    raise ValueError(f"whiten_count={count!r} is unknown; allowed: 'token', 'sequence'.")
+  weight_BT = np.asarray(r.mask_BT, np.float64)
+  if count == 'sequence':
+    weight_BT = weight_BT / np.maximum(weight_BT.sum(axis=1, keepdims=True), 1)
+  return weight_BT
 
 
 def _centre(r: Rollout) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ a run that resumes from `state` draws what the uninterrupted run would have draw
 
 import collections
 from collections.abc import Iterable, Sequence
+import copy
 import dataclasses
 from typing import Any
 
@@ -154,6 +155,13 @@ class TaskBuffer:
       taken += _draw(rest, rng, count - len(taken))
       keys = set()   # the whole store is taken: from here on, repeat it
     return [taken[i] for i in rng.permutation(len(taken))]
+
+  def snapshot(self) -> 'TaskBuffer':
+    """A buffer to draw from that stays as this one is now; it shares the tasks."""
+    made = copy.copy(self)
+    made._stores = {kind: list(store) for kind, store in self._stores.items()}
+    made._keys = {kind: dict(keys) for kind, keys in self._keys.items()}
+    return made
 
   def rollback(self, step: int) -> int:
     """Drops every task born after `step`; how many. Counters follow.

@@ -23,8 +23,11 @@ class ConfigError(ValueError):
 def get_config() -> ConfigDict:
   """The default run: SmolLM2-135M on whatever devices there are, preset `azr`."""
   c = ConfigDict()
+  # What the command does: 'selfplay'; 'seed': write seed tasks; 'pretrain' a small model on
+  # generated programs; 'evaluate' one on held-out programs.
+  c.command = 'selfplay'
   c.seed = 0
-  # The preset this config started from; part of every record. See `presets`.
+  # The preset this config started from; part of every record. See `PRESETS`.
   c.preset = 'azr'
 
   c.model = ConfigDict()
@@ -59,6 +62,10 @@ def get_config() -> ConfigDict:
   c.selfplay.kinds = ('abduction', 'deduction', 'induction')
   # Prompt set: 'compact' (base and small models), 'think' (large ones), a directory, 'module:name'.
   c.selfplay.prompts = 'compact'
+  # Its wrapper ('answer', 'boxed', 'none', or one of your own) and its format test of tagged
+  # answers ('strict', or 'azr' as the reference tests); '' takes the set's own.
+  c.selfplay.wrapper = ''
+  c.selfplay.format_rule = ''
   # Proposals, and solved tasks, per kind and iteration (the paper's B: 64).
   c.selfplay.batch = 64
   # Monte-Carlo answers per valid proposal.
@@ -67,7 +74,8 @@ def get_config() -> ConfigDict:
   c.selfplay.references = 6
   # Input/output pairs of an induction task; the first half is shown (the paper: 10).
   c.selfplay.induction_cases = 10
-  # Further options of the kinds, e.g. {'distinct_inputs': False}; see the classes in `tasks`.
+  # Further options of the kinds, e.g. {'distinct_inputs': False}; see the classes in `tasks`. Two
+  # are sections: 'rules' (fields of `tasks.Rules`), 'composites' (of `tasks.composite.Schedule`).
   c.selfplay.kind_options = ConfigDict()
   # 'fresh': solve this iteration's tasks (paper); 'lagged': the previous one's (reference code).
   c.selfplay.solve_source = 'fresh'
@@ -84,14 +92,34 @@ def get_config() -> ConfigDict:
   c.selfplay.show_references = True
   # False plays the proposer without training it (ablation).
   c.selfplay.train_propose = True
-  # The Monte-Carlo answers: 'measure' only (reference), or 'train' on them too.
+  # The Monte-Carlo answers: 'measure' only (reference); 'train' on them too; 'reuse': they are the
+  # solver's rows, and only what is short of `batch` rows per kind is generated. With the last two
+  # `trr_plus_plus` gives the solver prompt baselines (`trr_prompt`), role_estimators permitting.
   c.selfplay.mc_use = 'measure'
+  # Plays and updates per iteration; all of them draw references and lagged tasks from the buffer as
+  # it stood when the iteration began (the reference's update_iteration).
+  c.selfplay.updates = 1
+  # First iterations that only solve; nothing is proposed (the reference's pretrain_pred_steps).
+  c.selfplay.solver_only_steps = 0
   # Valid proposals that enter the buffer: 'all', 'non_one' (p < 1), 'non_extremes' (0 < p < 1).
   c.selfplay.keep = 'all'
   # A proposal equal to a known task is refused (status 'duplicate').
   c.selfplay.refuse_duplicates = True
+  # Tasks that are refused (status 'excluded'): '', 'heldout' (programs of the test side of
+  # `grammar`), or 'module:name' of a function of the task.
+  c.selfplay.exclude = ''
   # Seed tasks: file or directory of the reference's jsonl schema; '' starts from the zero triplet.
   c.selfplay.seeds = ''
+
+  # command='seed' trains nothing; the policy proposes from what the buffer starts with, and valid
+  # tasks go to workdir/seeds, the value of selfplay.seeds of later runs.
+  c.seeding = ConfigDict()
+  # Tasks per file: pairs for deduction and abduction, and induction (the paper: 256, Llama 64).
+  c.seeding.tasks = 256
+  # Clean-ups of their programs, from 'comments', 'globals', 'prints'; see `tasks.Rules`.
+  c.seeding.clean = ()
+  # Rounds of selfplay.batch proposals per kind without a new task before it gives up.
+  c.seeding.patience = 10
 
   c.sampler = ConfigDict()
   # Sequences decoded side by side.
@@ -158,8 +186,12 @@ def get_config() -> ConfigDict:
   c.algorithm.kl_coef = 0.0           # needs roles.reference = 'base'
   c.algorithm.kl_kind = 'k3'          # 'k1', 'k2', 'k3'
   c.algorithm.kl_in = 'loss'          # 'loss' or 'reward'
-  # 'current': ratio 1, no extra forward (one update per batch); 'recompute'; 'sampler'.
-  c.algorithm.old_logprobs = 'current'
+  # Policy that the ratio refers to. 'current': ratio 1, no extra forward (one optimizer step per
+  # batch); 'recompute': one more forward; 'sampler': what it reported; 'auto': 'current' where that
+  # is right, else 'sampler' while one micro-batch scored anew differs by at most `mismatch_bound`
+  # (mean |gap| in nats per token), else 'recompute'.
+  c.algorithm.old_logprobs = 'auto'
+  c.algorithm.mismatch_bound = 1e-3
   # Sampler/trainer importance weights: 'none', 'truncate', 'mask'; and the bound.
   c.algorithm.importance = 'none'
   c.algorithm.importance_cap = 2.0
@@ -195,6 +227,28 @@ def get_config() -> ConfigDict:
   c.lora.alpha = 16.0
   c.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
+  # Pre-training on the programs of `grammar`; see `documents.Recipe` for the mixture.
+  c.pretrain = ConfigDict()
+  # One step: lines, and tokens of a line.
+  c.pretrain.batch = 32
+  c.pretrain.line_tokens = 256
+  c.pretrain.depths = (0, 1, 1, 1, 2, 2, 2, 3, 3)
+  c.pretrain.propose = 0.18
+  c.pretrain.induce = 0.34
+  c.pretrain.questions = 3
+  c.pretrain.think = 0.25
+  c.pretrain.prompt_weight = 0.2
+  c.pretrain.references = 2
+
+  # Held-out programs, drawn from a seed, never pre-trained on; see `evaluate`.
+  c.heldout = ConfigDict()
+  c.heldout.seed = 20261123
+  # Programs per part ('same': depth as in pre-training; 'deeper').
+  c.heldout.count = 1000
+  c.heldout.parts = ('same', 'deeper')
+  # Answers at temperature 1 to each item, for their mean and for pass@n.
+  c.heldout.samples = 8
+
   c.checkpoint = ConfigDict()
   c.checkpoint.every_steps = 10
   c.checkpoint.keep = 2
@@ -204,30 +258,36 @@ def get_config() -> ConfigDict:
   c.log = ConfigDict()
   c.log.every_steps = 1
   c.log.samples = 2                   # texts shown per kind and role
+  # Responses that hold one of these words, whatever their case, count in `.../flagged_share`.
+  c.log.flag_words = ('outsmart', 'deceive', 'humans', 'take over', 'escape')
   c.log.profile_step = -1             # write a jax.profiler trace of this iteration; -1 = none
   return c
 
 
 # What the paper's own code and the paper's own equations do, as differences from the default
 # `azr`. Source: the reference's `paper` branch; arXiv:2505.03335v2 Eq. 4-9; spec section 15.
+_AZR_PAPER = {
+    'selfplay.solve_source': 'lagged', 'selfplay.refuse_duplicates': False,
+    'selfplay.format_rule': 'azr', 'seeding.clean': ('comments', 'globals'),
+    'reward.zero_learnability': -0.5, 'algorithm.aggregation': 'role_microbatch',
+    'algorithm.aggregation_rows': 16, 'algorithm.entropy_coef': 0.001,
+    'optimizer.weight_decay': 0.01,
+    # Python's ==, as the reference compares; the fence and the parsers stay ours.
+    'executor.options': {'equality': 'loose'},
+    'selfplay.kind_options': {'rules': {
+        'functions': 'one', 'rename': 'not_first', 'reject_constant': False,
+        'banned_words': 'azr'}, 'distinct_inputs': False},
+}
 PRESETS: dict[str, dict[str, Any]] = {
     'azr': {},
-    'azr_paper': {
-        'selfplay.solve_source': 'lagged', 'selfplay.refuse_duplicates': False,
-        'reward.zero_learnability': -0.5, 'algorithm.aggregation': 'role_microbatch',
-        'algorithm.aggregation_rows': 16, 'algorithm.entropy_coef': 0.001,
-        'optimizer.weight_decay': 0.01,
-        # Python's ==, as the reference compares; the fence and the parsers stay ours.
-        'executor.options': {'equality': 'loose'},
-        'selfplay.kind_options': {'rules': {
-            'functions': 'one', 'rename': 'not_first', 'reject_constant': False,
-            'banned_words': 'azr'}, 'distinct_inputs': False},
-    },
-    'azr_paper_eq': {
-        'selfplay.solve_source': 'fresh', 'selfplay.refuse_duplicates': False,
-        'reward.zero_learnability': 0.0, 'algorithm.aggregation': 'sequence',
-        'executor.options': {'equality': 'loose'},
-    },
+    'azr_paper': _AZR_PAPER,
+    'azr_paper_eq': _AZR_PAPER | {
+        'selfplay.solve_source': 'fresh', 'reward.zero_learnability': 0.0,
+        'algorithm.aggregation': 'sequence'},
+    # The reference's main branch; its greedy Monte-Carlo answers are not reproduced.
+    'azr_main': _AZR_PAPER | {
+        'algorithm.entropy_coef': 0.0, 'optimizer.weight_decay': 0.0,
+        'algorithm.clip_high': 0.28, 'algorithm.dual_clip': 3.0},
 }
 
 
@@ -312,6 +372,13 @@ def validate(c: ConfigDict) -> None:
   if c.selfplay.train_propose and c.roles.propose == 'base':
     raise ConfigError("roles.propose='base' plays the frozen weights, which cannot be trained: "
                       'set selfplay.train_propose=False.')
+  others = set(c.selfplay.kinds) - {'abduction', 'deduction', 'induction'}
+  if c.command == 'seed' and others:
+    raise ConfigError("command='seed': seed files hold tasks of abduction, deduction and "
+                      f'induction; leave {sorted(others)} out of selfplay.kinds.')
+  if c.selfplay.mc_use == 'reuse' and c.selfplay.solve_source == 'lagged':
+    raise ConfigError("selfplay.mc_use='reuse' solves this iteration's tasks: set "
+                      "selfplay.solve_source='fresh'.")
   if c.roles.solve == 'base':
     raise ConfigError("roles.solve='base' would leave nothing to train; allowed: 'policy'.")
 
@@ -420,6 +487,7 @@ _AXIS = ((lambda x: x == -1 or x >= 1), '1 or more, or -1 for all devices that a
 _DTYPE = _one_of('float32', 'bfloat16')
 
 _CHECKS = {
+    'command': _one_of('selfplay', 'seed', 'pretrain', 'evaluate'),
     'seed': _between(0, 2**31 - 1),
     'model.name': ((lambda x: bool(x.strip())), 'a directory, a .gguf file, an HF id or an alias'),
     'model.dtype': _DTYPE,
@@ -444,8 +512,15 @@ _CHECKS = {
     'selfplay.reference_draw': _one_of('uniform', 'step'),
     'selfplay.buffer_size': _at_least(1),
     'selfplay.eviction': _one_of('ring', 'reservoir'),
-    'selfplay.mc_use': _one_of('measure', 'train'),
+    'selfplay.format_rule': _one_of('', 'strict', 'azr'),
+    'selfplay.mc_use': _one_of('measure', 'train', 'reuse'),
+    'selfplay.updates': _at_least(1),
+    'selfplay.solver_only_steps': _at_least(0),
     'selfplay.keep': _one_of('all', 'non_one', 'non_extremes'),
+    'seeding.tasks': _at_least(1),
+    'seeding.clean': ((lambda x: set(x) <= {'comments', 'globals', 'prints'}),
+                      "some of 'comments', 'globals', 'prints'"),
+    'seeding.patience': _at_least(1),
     'sampler.slots': _at_least(1),
     'sampler.chunk': _at_least(1),
     'sampler.max_prompt_tokens': _at_least(1),
@@ -460,7 +535,8 @@ _CHECKS = {
     'executor.validate_timeout_s': _above(0),
     'executor.score_timeout_s': _above(0),
     'executor.memory_mb': _at_least(64),
-    'algorithm.old_logprobs': _one_of('current', 'recompute', 'sampler'),
+    'algorithm.old_logprobs': _one_of('auto', 'current', 'recompute', 'sampler'),
+    'algorithm.mismatch_bound': _at_least(0),
     'algorithm.epochs': _at_least(1),
     'algorithm.mini_batches': _at_least(1),
     'optimizer.learning_rate': _at_least(0),
@@ -476,6 +552,21 @@ _CHECKS = {
     'optimizer.decay': _one_of('all', 'matrices'),
     'train.steps': _at_least(1),
     'train.micro_batch_tokens': _at_least(1),
+    'pretrain.batch': _at_least(1),
+    'pretrain.line_tokens': _at_least(64),
+    'pretrain.depths': ((lambda x: bool(x) and all(d in range(6) for d in x)),
+                        'numbers of statements, 0 to 5'),
+    'pretrain.propose': _between(0, 1),
+    'pretrain.induce': _between(0, 1),
+    'pretrain.questions': _between(1, 6),
+    'pretrain.think': _between(0, 1),
+    'pretrain.prompt_weight': _between(0, 1),
+    'pretrain.references': _at_least(0),
+    'heldout.seed': _between(0, 2**31 - 1),
+    'heldout.count': _at_least(1),
+    'heldout.parts': ((lambda x: bool(x) and set(x) <= {'same', 'deeper'}),
+                      "'same', 'deeper' or both"),
+    'heldout.samples': _at_least(0),
     'lora.rank': _at_least(0),
     'lora.targets': ((lambda x: len(x) > 0), 'one or more names of projections'),
     'lora.alpha': _above(0),
@@ -483,4 +574,6 @@ _CHECKS = {
     'checkpoint.keep': _at_least(1),
     'log.every_steps': _at_least(1),
     'log.samples': _at_least(0),
+    'log.flag_words': ((lambda x: all(isinstance(w, str) and w.strip() for w in x)),
+                       'words that are not empty'),
 }

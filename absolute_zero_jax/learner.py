@@ -30,7 +30,7 @@ Batch = packing.Batch
 Row = packing.Row
 make_optimizer = optimizer.make_optimizer
 
-OLD_LOGPROBS = ('current', 'recompute', 'sampler')
+OLD_LOGPROBS = ('auto', 'current', 'recompute', 'sampler')
 # Groups are counted in arrays of a multiple of this, so that another kind seldom recompiles.
 _GROUP_STEP = 8
 
@@ -70,7 +70,10 @@ class Learner:
       (LoRA); `frozen` is what `prepare` and `update` are given under that name.
     old_logprobs: the policy that the ratio refers to. 'current': the weights of the update itself,
       ratio exactly 1 and no extra forward; right with one optimizer step per batch. 'recompute':
-      one forward of the weights `prepare` is given. 'sampler': the sampler's own log-probs.
+      one forward of the weights `prepare` is given. 'sampler': the sampler's own log-probs. 'auto':
+      'current' where that is right; else 'sampler' as long as one micro-batch, scored anew by
+      `prepare`, differs from it by at most `mismatch_bound` (mean of the absolute gaps), else
+      'recompute'; the metric 'old_recomputed' says which. Nothing is remembered between updates.
     temperature: of the policy that is trained. At 1 the sampler's `model_logprobs` are the same
       numbers by another program; at any other value its `sampler_logprobs` are, provided it drew at
       that temperature without truncation.
@@ -87,12 +90,14 @@ class Learner:
   def __init__(self, hidden: Callable[..., jax.Array], unembed: Callable[[Any], jax.Array],
                tx: optax.GradientTransformation, algorithm: Any, *, mesh: Mesh | None = None,
                materialize: Callable[[Any, Any], Any] | None = None, old_logprobs: str = 'current',
-               temperature: float = 1.0, max_grad_norm: float = 1.0,
+               mismatch_bound: float = 1e-3, temperature: float = 1.0, max_grad_norm: float = 1.0,
                accumulate_dtype: str = 'float32', epochs: int = 1, mini_batches: int = 1,
                skip_zero_rows: bool = False, pack: bool = False, micro_batch_tokens: int = 4096,
                length_buckets: Sequence[int] = (), chunk: int = 0):
     if old_logprobs not in OLD_LOGPROBS:
       raise ValueError(f'old_logprobs={old_logprobs!r} is unknown; allowed: {OLD_LOGPROBS}.')
+    if old_logprobs == 'auto' and epochs * mini_batches == 1 and not algorithm.needs_old:
+      old_logprobs = 'current'
     if old_logprobs == 'current' and epochs * mini_batches > 1:
       raise ValueError(f"old_logprobs='current' keeps every ratio at 1, which is wrong for the "
                        f'{epochs} x {mini_batches} optimizer steps per batch asked for; set '
@@ -103,7 +108,8 @@ class Learner:
     self._hidden, self._unembed, self._tx, self.algorithm = hidden, unembed, tx, algorithm
     self._mesh = mesh
     self._materialize = materialize or (lambda trainable, frozen: trainable)
-    self._old, self._temperature, self._chunk = old_logprobs, temperature, chunk
+    self._old, self._mismatch_bound = old_logprobs, mismatch_bound
+    self._temperature, self._chunk = temperature, chunk
     self._max_norm, self._sum_dtype = max_grad_norm, jnp.dtype(accumulate_dtype)
     self._epochs, self._mini_batches, self._skip_zero = epochs, mini_batches, skip_zero_rows
     self._plan = functools.partial(
@@ -136,7 +142,7 @@ class Learner:
       ValueError: malformed rows, or a KL coefficient without a reference.
     """
     a = self.algorithm
-    values = self._logprobs_by_row(rows, params, frozen, reference)
+    values, about = self._logprobs_by_row(rows, params, frozen, reference)
     roles, rollout = packing.rollout(rows)
     if a.needs_old:
       rollout = rollout._replace(penalty_BT=a.penalty(
@@ -161,7 +167,7 @@ class Learner:
           self._plan(part), part, [numbers[i] for i in chosen],
           **{name: [per_row[i] for i in chosen] for name, per_row in values.items()})))
     return Update(tuple(parts), groups, tuple(values['advantages']),
-                  learner_metrics.of_batch(rollout, advantage_BT, numbers, groups, parts))
+                  about | learner_metrics.of_batch(rollout, advantage_BT, numbers, groups, parts))
 
   def update(self, state: TrainState, work: Update, *, frozen: Any = None,
              ) -> tuple[TrainState, dict[str, float]]:
@@ -256,19 +262,26 @@ class Learner:
   # --- host
 
   def _logprobs_by_row(self, rows, params, frozen, reference):
-    """Log-probs of the response tokens that the loss will ask for, by name, one array per row."""
-    a, out = self.algorithm, {}
+    """Log-probs that the loss will ask for, by name, one array per row; and metrics about them."""
+    a, out, about = self.algorithm, {}, {}
     for name in ('sampler_logprobs', 'model_logprobs'):
       out[name] = [np.asarray(getattr(r, name), np.float32) for r in rows]
     if self._temperature != 1:
       out['model_logprobs'] = out['sampler_logprobs']
     recompute = self._old == 'recompute' or self._old == 'current' and a.needs_old
-    layout = self._plan(rows)
-    tokens = packing.fill(layout, rows) if recompute or a.needs_reference else ()
+    layout, tokens, scored = self._plan(rows), (), []
+    if recompute or a.needs_reference or self._old == 'auto':
+      tokens = packing.fill(layout, rows, model_logprobs=out['model_logprobs'])
+    if self._old == 'auto':
+      scored = self.logprobs(params, tokens[:1], trained=True, frozen=frozen)
+      gap = learner_metrics.mismatch(tokens[0], scored[0])
+      # A gap that is no number is no small one.
+      recompute = not gap <= self._mismatch_bound
+      about = {'old_mismatch': gap, 'old_recomputed': float(recompute)}
     if recompute:
-      scored = self.logprobs(params, tokens, trained=True, frozen=frozen)
+      scored += self.logprobs(params, tokens[len(scored):], trained=True, frozen=frozen)
       out['old_logprobs'] = packing.take_rows(layout, rows, tokens, scored)
-    elif self._old == 'sampler':
+    elif self._old != 'current':
       out['old_logprobs'] = out['model_logprobs']
     if a.needs_reference:
       if reference is None:
@@ -276,7 +289,7 @@ class Learner:
                          'reference=..., or set kl_coef to 0.')
       scored = self.logprobs(reference, tokens)
       out['ref_logprobs'] = packing.take_rows(layout, rows, tokens, scored)
-    return out
+    return out, about
 
   def _step(self, state, frozen, part, size):
     # No name is kept for a finished gradient: at most two live at the same time.
@@ -300,7 +313,7 @@ class Learner:
 
   def _jit(self, fn, **options):
     platform = jax.default_backend() if self._mesh is None else self._mesh.devices.flat[0].platform
-    return jax.jit(fn, compiler_options=_compiler_options(platform), **options)
+    return jax.jit(fn, compiler_options=compiler_options(platform), **options)
 
   def _put(self, batch):
     if self._mesh is None:
@@ -332,7 +345,7 @@ def _norm(tree: Any) -> jax.Array:
 
 
 @functools.cache
-def _compiler_options(platform: str) -> dict[str, str] | None:
+def compiler_options(platform: str) -> dict[str, str] | None:
   """Without XLA:CPU's YNN fusion, which made scoring 1.2 to 1.7 times slower where we measured it.
 
   None where this XLA does not know the option, or the platform is another.

@@ -87,6 +87,14 @@ def of_batch(r: Rollout, advantage_BT: np.ndarray, numbers: Sequence[int], group
   return out
 
 
+def mismatch(batch: packing.Batch, logprob_CM: np.ndarray) -> float:
+  """Mean |sampler's log-prob - given one| over the trained tokens of a micro-batch."""
+  C = batch.index_CM.shape[0]
+  index_CM = np.maximum(batch.index_CM, 0)
+  sampler_CM = np.take_along_axis(batch.model_logprobs_BT.reshape(C, -1), index_CM, axis=1)
+  return float(np.abs(sampler_CM - logprob_CM)[batch.index_CM >= 0].mean())
+
+
 def pick(batch: packing.Batch, x_BT: jax.Array) -> jax.Array:
   """Values [C, M] at the trained tokens; a place without a token gets some value of its block."""
   C = batch.index_CM.shape[0]

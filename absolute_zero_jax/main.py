@@ -5,6 +5,7 @@ Flags become a checked config, then `train.run` does the work. JAX is imported i
 a bad flag has been refused. A user's error is one paragraph and a non-zero exit status.
 """
 
+import importlib
 import pathlib
 import runpy
 import sys
@@ -24,6 +25,8 @@ absolute_zero_jax/config.py lists every field with its meaning; --dry_run prints
 The same command on the same --workdir continues an interrupted run.
 """
 
+# Modules that define run(config, workdir), by `config.command`.
+_COMMANDS = {'selfplay': 'train', 'seed': 'train', 'pretrain': 'pretrain', 'evaluate': 'evaluate'}
 _FLAGS = flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Config file, e.g. configs/smollm2.py, with arguments after a colon: '
@@ -53,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     print(c)
     return 0
   try:
-    from absolute_zero_jax import train  # imports JAX
-    train.run(c, workdir)
+    # The module imports JAX.
+    importlib.import_module(f'absolute_zero_jax.{_COMMANDS[c.command]}').run(c, workdir)
   except KeyboardInterrupt:
     print(f'\nInterrupted. {_resume_hint(workdir)}', file=sys.stderr)
     return 130

@@ -216,9 +216,13 @@ ALGORITHMS: dict[str, Callable[..., Any]] = {
     'grpo': functools.partial(Algorithm, estimator='grpo', aggregation='sequence'),
     'dr_grpo': functools.partial(Algorithm, estimator='dr_grpo', aggregation='constant'),
     'rloo': functools.partial(Algorithm, estimator='rloo', aggregation='sequence'),
+    'opo': functools.partial(Algorithm, estimator='opo'),
+    'trr_prompt': functools.partial(
+        Algorithm, estimator='trr_prompt', aggregation='role_microbatch'),
 }
 
-_WHITENING = ('trr_plus_plus', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline')
+_WHITENING = ('trr_plus_plus', 'trr_prompt', 'reinforce_plus_plus',
+              'reinforce_plus_plus_baseline')
 
 
 def get(name: str, **fields: Any) -> Any:

@@ -25,31 +25,25 @@ import numpy as np
 from absolute_zero_jax import buffer as buffer_lib
 from absolute_zero_jax import (
   checkpoint,
-  executor,
   lora,
   metrics,
-  reinforce,
-  rewards,
+  parts,
+  seeding,
   selfplay,
   sharding,
   summary,
-  tasks,
 )
 from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import learner as learner_lib
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax import tokenizer as tokenizer_lib
-from absolute_zero_jax.models import decoder, hf, hub, loading
-from absolute_zero_jax.tasks import program, seed_files
+from absolute_zero_jax.models import decoder, hf
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Episode, Role
 
 _RULES = ('batch', 'mc_samples', 'references', 'solve_source', 'draw', 'recent_steps',
           'reference_draw', 'keep', 'refuse_duplicates', 'show_references', 'train_propose',
-          'mc_use')
-_ALGORITHM = ('name', 'whiten_by', 'whiten_count', 'aggregation', 'aggregation_rows', 'clip_low',
-              'clip_high', 'dual_clip', 'entropy_coef', 'kl_coef', 'kl_kind', 'kl_in',
-              'importance', 'importance_cap')
+          'mc_use', 'solver_only_steps')
 
 
 class Iteration(NamedTuple):
@@ -80,6 +74,7 @@ class Run:
     self.c = c
     self.step = 0
     self.save_s = 0.0                 # of the last checkpoint, for the timeline
+    self._calls = 0                   # of the sampler in this iteration; part of their keys
     self._say = progress or (lambda text: None)
     self._console = console or metrics.Console(io.StringIO())
     self._closers = contextlib.ExitStack()
@@ -90,54 +85,27 @@ class Run:
       raise
 
   def _build(self, fresh: bool) -> None:
-    """The only place where names in the config become objects."""
-    c = self.c
-    self.prompts = prompts_lib.load(c.selfplay.prompts)
-    self.kinds = [self._kind(name) for name in c.selfplay.kinds]
-    self.rewards = config_lib.load_object(c.reward.name, {'azr': rewards.get}, 'reward.name')(
-            **{k: v for k, v in _plain(c.reward).items() if k != 'name'})
-    algorithm = reinforce.get(
-        **{k: c.algorithm[k] for k in _ALGORITHM},
-        role_estimators=tuple(_plain(c.algorithm.role_estimators).items()),
-        role_weights=tuple(_plain(c.algorithm.role_weights).items()),
-        aggregation_tokens=c.algorithm.aggregation_tokens or max(
-            c.sampler.max_propose_tokens, c.sampler.max_solve_tokens))
-    optimizer = learner_lib.make_optimizer(
-        steps=c.train.steps, **{k: v for k, v in _plain(c.optimizer).items()
-                                if k not in ('clip_norm', 'accumulate_dtype')})
-    self.executor = self._closers.enter_context(contextlib.closing(executor.start(
-        c.executor.name, workers=c.executor.workers, min_isolation=c.executor.min_isolation,
-        validate_timeout_s=c.executor.validate_timeout_s,
-        score_timeout_s=c.executor.score_timeout_s, memory_mb=c.executor.memory_mb,
-        **_plain(c.executor.options))))
+    c, start = self.c, time.perf_counter()
+    self.prompts = prompts_lib.load(c.selfplay.prompts, c.selfplay.wrapper, c.selfplay.format_rule)
+    self.kinds, self.rewards = parts.kinds(c), parts.rewards(c)
+    algorithm, optimizer = parts.algorithm(c), parts.optimizer(c)
+    self.executor = self._closers.enter_context(contextlib.closing(parts.executor(c)))
     self._say(f'executor: {self.executor.isolation}')
 
-    self.mesh = sharding.make_mesh(**_plain(c.mesh))
+    self.mesh = sharding.make_mesh(**c.mesh.to_dict())
     self.key = jax.random.key(c.seed)
-    start = time.perf_counter()
-    self.model, params, self.source = self._load_model() if fresh else self._shapes_only()
+    self.model, params, self.source = (parts.model(c, self.key, self.mesh) if fresh
+                                       else parts.model_without_parameters(c))
     self.tokenizer = tokenizer_lib.load(c.model.tokenizer or self.source)
     self.tokenizer.check(self.model.vocab)
     self._say(f'model: {c.model.name}, {_count(decoder.param_specs(self.model)) / 1e6:.0f}M '
               f'parameters, {time.perf_counter() - start:.1f} s')
 
-    self.learner = learner_lib.of_decoder(
-        self.model, optimizer, algorithm, mesh=self.mesh, dtype=c.model.dtype,
-        remat=c.model.remat, attention=c.model.attention, old_logprobs=c.algorithm.old_logprobs,
-        max_grad_norm=c.optimizer.clip_norm, accumulate_dtype=c.optimizer.accumulate_dtype,
-        epochs=c.algorithm.epochs, mini_batches=c.algorithm.mini_batches,
-        skip_zero_rows=c.algorithm.skip_zero_rows, pack=c.train.pack,
-        micro_batch_tokens=c.train.micro_batch_tokens,
-        materialize=lora.attaching(alpha=c.lora.alpha) if c.lora.rank else None)
-    self.sampler = sampler_lib.Sampler(
-        self.model, self.mesh, pad_id=self.tokenizer.pad_id, stop_ids=self.tokenizer.stop_ids,
-        slots=c.sampler.slots, chunk=c.sampler.chunk, dtype=c.model.dtype,
-        attention=c.model.attention, vocab=self.tokenizer.vocab_size,
-        max_prompt_tokens=c.sampler.max_prompt_tokens,
-        max_new_tokens=max(c.sampler.max_propose_tokens, c.sampler.max_solve_tokens))
+    self.learner = parts.learner(c, self.model, self.mesh, algorithm, optimizer)
+    self.sampler = parts.sampler(c, self.model, self.mesh, self.tokenizer)
     needs_base = c.lora.rank or 'base' in (c.roles.propose, c.roles.reference)
     if needs_base and params is None:
-      params = self._load_model()[1]
+      params = parts.model(c, self.key, self.mesh)[1]
     self.base = params if needs_base else None
     self.state = None if params is None else self._start(params)
     self._merged: tuple[int, Any] | None = None
@@ -148,12 +116,14 @@ class Run:
     for kind in self.kinds:
       self.buffer.extend(kind.seeds())
     if fresh and c.selfplay.seeds:
-      self._add_seed_files(epath.Path(c.selfplay.seeds))
+      found, tried = seeding.load(c.selfplay.seeds, self.kinds, self.executor.submit)
+      self.buffer.extend(found)
+      self._say(f'seeds: {len(found)} of {tried} tasks from {c.selfplay.seeds} passed validation')
     self.rules = selfplay.Rules(max_prompt_tokens=c.sampler.max_prompt_tokens,
                                 **{k: c.selfplay[k] for k in _RULES})
     self.tools = selfplay.Tools(kinds=self.kinds, prompts=self.prompts, tokenizer=self.tokenizer,
                                 sample=self._sample, submit=self.executor.submit,
-                                rewards=self.rewards)
+                                rewards=self.rewards, excludes=parts.excludes(c))
 
   def params(self, role: Role) -> Any:
     """The weights that play `role`: the trained policy, or the frozen base."""
@@ -168,30 +138,49 @@ class Run:
     return self._merged[1]
 
   def iterate(self, on_proposal: Callable[[selfplay.Attempt], None] = lambda a: None) -> Iteration:
-    """Plays one iteration and updates the policy once; adds the valid proposals to the buffer."""
-    step = self.step + 1
+    """Plays one iteration and updates the policy; adds the valid proposals to the buffer.
+
+    With `selfplay.updates` above 1 it plays and updates so often before it draws from what it has
+    added. A play without a row to learn from (say, no task yet and no proposer to train) leaves the
+    policy as it is and counts in the metric 'train/updates_without_rows'.
+    """
+    step, rounds = self.step + 1, self.c.selfplay.updates
     self._calls = 0
     timer, start = metrics.Timer(), time.perf_counter()
     before = self.sampler.stats()
-    rng = np.random.default_rng([self.c.seed, step])
-    result = selfplay.iterate(step, self.buffer, self.tools, self.rules, rng, timer=timer,
-                              on_proposal=on_proposal)
-    trained = [e for e in result.episodes if e.train]
-    with timer('update'):
-      # The decode-layout weights are stale after the update: make room for the gradient.
-      self.sampler.release()
-      self._merged = None
-      frozen = self.base if self.c.lora.rank else None
-      reference = self.base if self.c.roles.reference == 'base' else None
-      work = self.learner.prepare([_row(e) for e in trained], self.state.params, frozen=frozen,
-                                  reference=reference)
-      self.state, update = self.learner.update(self.state, work, frozen=frozen)
-    advantages = iter(work.advantages)
-    episodes = [dataclasses.replace(e, advantage=tuple(map(float, next(advantages))))
-                if e.train else e for e in result.episodes]
+    source = self.buffer.snapshot() if rounds > 1 else self.buffer
+    results, updates, episodes = [], [], []
+    for n in range(rounds):
+      rng = np.random.default_rng([self.c.seed, step, n] if n else [self.c.seed, step])
+      results.append(selfplay.iterate(
+          step, self.buffer, self.tools, self.rules, rng, timer=timer, on_proposal=on_proposal,
+          source=source, name=f'{step}.{n}' if n else ''))
+      with timer('update'):
+        played, update = self._update(results[-1].episodes)
+      episodes += played
+      updates.append(update)
+    result = selfplay.Result(*(sum(lists, []) for lists in zip(*results)))
+    with timer('metrics'):
+      numbers = summary.scalars(result, flag_words=self.c.log.flag_words)
+      numbers |= summary.buffer_scalars(self.buffer)
     timer.seconds['iteration'] = time.perf_counter() - start
     self.step = step
-    return Iteration(step, result, episodes, self._metrics(result, update, timer, before))
+    return Iteration(step, result, episodes, numbers | self._metrics(updates, timer, before))
+
+  def make_seeds(self, folder: epath.PathLike) -> dict[str, int]:
+    """Lets the policy propose `seeding.tasks` seed tasks and writes them; tasks by file name.
+
+    After every round the files hold what there is. Adds the tasks to the buffer.
+    """
+    c = self.c
+    self._calls = 0
+    def on_round(name, size):
+      seeding.write(self.buffer, folder, c.seeding.tasks)
+      self._say(f'seeds: {min(size, c.seeding.tasks)} of {c.seeding.tasks} {name}')
+    seeding.generate(self.buffer, self.tools, self.rules, np.random.default_rng([c.seed, 0]),
+                     count=c.seeding.tasks, patience=c.seeding.patience, timer=metrics.Timer(),
+                     on_round=on_round)
+    return seeding.write(self.buffer, folder, c.seeding.tasks)
 
   def host_state(self) -> dict[str, Any]:
     """What a checkpoint holds beside the arrays; JSON-able."""
@@ -251,42 +240,22 @@ class Run:
     # A copy where the start is still needed: the policy's buffers are donated to the update.
     return self.learner.init(params if self.base is None else jax.tree.map(jnp.copy, params))
 
-  def _kind(self, name: str):
-    c = self.c
-    options = _plain(c.selfplay.kind_options)
-    if 'rules' in options:
-      rules = options['rules']
-      if rules.get('banned_words') == 'azr':
-        rules['banned_words'] = program.AZR_BANNED_WORDS
-      options['rules'] = tasks.Rules(**rules)
-    return tasks.get(name, cases=c.selfplay.induction_cases, score=c.reward.induction, **options)
-
-  def _add_seed_files(self, path: epath.Path) -> None:
-    """Validates the tasks of jsonl seed files and adds those that pass, for every kind they fit."""
-    files = sorted(path.glob('*.jsonl')) if path.is_dir() else [path]
-    if not files or not path.exists():
-      raise ValueError(f'selfplay.seeds={str(path)!r} is no .jsonl file and no folder of them.')
-    kinds = {k.name: k for k in self.kinds}
-    proposals = [p for file in files for p in seed_files.read(file)]
-    todo = [(kinds[name], p) for p in proposals for name in seed_files.kinds_of(p)
-            if name in kinds]
-    jobs = [(kind, p, [self.executor.submit(j) for j in kind.validation_jobs(p)])
-            for kind, p in todo]
-    found = [kind.to_task(p, [f.result() for f in pending], 0) for kind, p, pending in jobs]
-    added = self.buffer.extend(t for t in found if not isinstance(t, str))
-    self._say(f'seeds: {added} of {len(todo)} tasks from {path} passed validation')
-
-  def _load_model(self):
-    return loading.load(
-        self.c.model.name, dtype=jnp.dtype(self.c.model.param_dtype), key=self.key,
-        shardings_fn=lambda m: sharding.shardings(decoder.param_specs(m), self.mesh))
-
-  def _shapes_only(self):
-    name = self.c.model.name
-    if name.startswith('random:'):
-      return loading.random_config(name), None, None
-    source = loading.weights(hub.resolve(name))
-    return loading.read_config(source), None, source
+  def _update(self, episodes: list[Episode]) -> tuple[list[Episode], dict[str, float]]:
+    """One update from the episodes that train; they come back with their advantages."""
+    # The decode-layout weights are stale after the update: make room for the gradient.
+    self.sampler.release()
+    self._merged = None
+    rows = [_row(e) for e in episodes if e.train]
+    if not rows:
+      return episodes, {'updates_without_rows': 1.0}
+    frozen = self.base if self.c.lora.rank else None
+    reference = self.base if self.c.roles.reference == 'base' else None
+    work = self.learner.prepare(rows, self.state.params, frozen=frozen, reference=reference)
+    self.state, update = self.learner.update(self.state, work, frozen=frozen)
+    advantages = iter(work.advantages)
+    episodes = [dataclasses.replace(e, advantage=tuple(map(float, next(advantages))))
+                if e.train else e for e in episodes]
+    return episodes, update | {'updates_without_rows': 0.0}
 
   def _sample(self, role: Role, prompts, counts, stop_fn, on_finish):
     s = self.c.sampler
@@ -304,16 +273,17 @@ class Run:
           self.params(role), requests, key, temperature=s.temperature, top_k=s.top_k,
           top_p=s.top_p, min_p=s.min_p, stop_fn=stop_fn, on_finish=finished)
 
-  def _metrics(self, result, update, timer, before) -> dict[str, float]:
-    after = self.sampler.stats()
-    out = summary.scalars(result)
-    out |= {f'train/{k}': v for k, v in update.items()}
+  def _metrics(self, updates, timer, before) -> dict[str, float]:
+    after, out, mean = self.sampler.stats(), {}, metrics.Mean()
+    for update in updates:
+      for name, value in update.items():
+        mean.add(f'train/{name}', value)
+    out |= mean.result()
     out |= {f'time/{k}': v for k, v in timer.seconds.items() if k not in ('propose', 'solve')}
     out |= {f'sampler/{k}': v - before.get(k, 0) for k, v in after.items()}
     out['sampler/tokens_per_s'] = out['sampler/tokens'] / max(timer.seconds['decode'], 1e-9)
     out['compilations'] = self.sampler.compilations() + self.learner.compilations()
     out |= {f'executor/{k}': v for k, v in self.executor.stats().items()}
-    out |= {f'buffer/{k}': v for k, v in self.buffer.sizes().items()}
     return out
 
 
@@ -329,7 +299,3 @@ def _row(e: Episode) -> learner_lib.Row:
 def _count(specs: Any) -> int:
   leaves = jax.tree.leaves(specs, is_leaf=lambda s: hasattr(s, 'shape'))
   return sum(int(np.prod(s.shape)) for s in leaves)
-
-
-def _plain(section: config_lib.ConfigDict) -> dict[str, Any]:
-  return section.to_dict()

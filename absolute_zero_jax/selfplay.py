@@ -3,7 +3,8 @@
 
   propose   draw references, sample proposals; each is validated while others still decode
   measure   n Monte-Carlo answers to every valid proposal -> solve rate p -> learnability reward
-  solve     draw tasks, sample one answer each, check it -> correctness reward
+  solve     draw tasks, sample one answer each, check it -> correctness reward; or let the answers
+            of `measure` serve
 
 Everything arrives as arguments (`Tools`): the sampler as a function, the executor as `submit`, the
 kinds, prompts and rewards as objects. Results are read in the order of the requests, never in the
@@ -12,7 +13,8 @@ order of completion, so buffers and batches do not depend on the executor's timi
 Source: Absolute Zero (arXiv:2505.03335) Algorithm 1; spec section 1.2.
 """
 
-from collections.abc import Callable, Sequence
+import collections
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import dataclasses
 from typing import Any, NamedTuple
@@ -43,6 +45,7 @@ class Rules:
   train_propose: bool
   mc_use: str
   max_prompt_tokens: int
+  solver_only_steps: int = 0
   # A verdict later than this is a broken executor, not a slow program.
   deadline_s: float = 600.0
 
@@ -56,6 +59,8 @@ class Tools(NamedTuple):
   sample: Callable[..., list[list[Any]]]
   submit: Callable[[Job], futures.Future]
   rewards: Any                                      # rewards.Rewards
+  # Tasks that must not be played, e.g. programs of a test set; status 'excluded'.
+  excludes: Callable[[Task], bool] = lambda task: False
 
 
 @dataclasses.dataclass
@@ -77,7 +82,10 @@ class Attempt:
 
 
 class Result(NamedTuple):
-  """What one iteration leaves: all attempts by phase, and the rewarded episodes in order."""
+  """What one iteration leaves: all attempts by phase, and the rewarded episodes in order.
+
+  With `mc_use='reuse'` the measured attempts are among the solved ones too.
+  """
   proposals: list[Attempt]
   measured: list[Attempt]
   solved: list[Attempt]
@@ -85,58 +93,73 @@ class Result(NamedTuple):
 
 
 def iterate(step: int, buffer: buffer_lib.TaskBuffer, tools: Tools, rules: Rules,
-            rng: np.random.Generator, *, timer, on_proposal=lambda attempt: None) -> Result:
+            rng: np.random.Generator, *, timer, on_proposal=lambda attempt: None,
+            source: buffer_lib.TaskBuffer | None = None, name: str = '') -> Result:
   """Plays one iteration and adds the valid proposals to `buffer`.
 
-  `timer(phase)` is a context manager; `on_proposal` sees every attempt once its verdict is known.
+  Args:
+    timer: `timer(phase)` is a context manager.
+    on_proposal: sees every attempt once its verdict is known.
+    source: where references and lagged tasks are drawn from; None: `buffer`.
+    name: of this play in the names of groups; '' takes the step.
   """
+  name, source = name or str(step), buffer if source is None else source
   counts = buffer.counts()
-  lagged = draw_tasks(step, buffer, tools, rules, rng) if rules.solve_source == 'lagged' else None
-  with timer('propose'):
-    proposals = propose(step, buffer, tools, rules, rng, timer=timer)
+  proposals = []
+  if step > rules.solver_only_steps:
+    with timer('propose'):
+      proposals = propose(step, buffer, tools, rules, rng, timer=timer, source=source, name=name)
   for attempt in proposals:
     on_proposal(attempt)
   new = [a.task for a in proposals if a.status == 'ok']
 
-  # With fresh tasks that all enter the buffer, measuring and solving share one sampler call.
-  together = rules.solve_source == 'fresh' and rules.keep == 'all'
-  if together:
+  # Before the new tasks are added: lagged tasks are older, and reused answers are of the new ones.
+  reuse, drawn = rules.mc_use == 'reuse', None
+  if reuse or rules.solve_source == 'lagged':
+    fresh_rows = collections.Counter(task.kind for task in new if reuse)
+    drawn = draw_tasks(step, source, tools, rules, rng,
+                       {kind: n * rules.mc_samples for kind, n in fresh_rows.items()})
+  if rules.keep == 'all':
     for task in new:
       buffer.add(task)
-    drawn = draw_tasks(step, buffer, tools, rules, rng)
-    with timer('solve'):
-      answers = answer(new + drawn, [rules.mc_samples] * len(new) + [1] * len(drawn), step, tools,
-                       rules, timer=timer)
-    measured, solved = answers[:len(new)], answers[len(new):]
-  else:
-    with timer('solve'):
-      measured = answer(new, [rules.mc_samples] * len(new), step, tools, rules, timer=timer)
+    drawn = draw_tasks(step, buffer, tools, rules, rng) if drawn is None else drawn
+  # Measuring and solving share one sampler call wherever the tasks to solve are known by now.
+  asked = new + (drawn or [])
+  with timer('solve'):
+    answers = answer(asked, [rules.mc_samples] * len(new) + [1] * (len(asked) - len(new)), name,
+                     tools, rules, timer=timer)
+  measured, solved = answers[:len(new)], answers[len(new):]
   _set_solve_rates(proposals, measured)
-  if not together:
+  if rules.keep != 'all':
     for a in proposals:
       if a.status == 'ok' and rewards_lib.keeps(a.solve_rate, rules.keep):
         buffer.add(a.task)
-    drawn = draw_tasks(step, buffer, tools, rules, rng) if lagged is None else lagged
-    with timer('solve'):
-      solved = answer(drawn, [1] * len(drawn), step, tools, rules, timer=timer)
+    if drawn is None:
+      drawn = draw_tasks(step, buffer, tools, rules, rng)
+      with timer('solve'):
+        solved = answer(drawn, [1] * len(drawn), name, tools, rules, timer=timer)
 
   with timer('reward'):
     episodes = [_episode(a, step, tools.rewards.propose(a, counts), train=rules.train_propose)
                 for a in proposals]
     episodes += [_episode(a, step, tools.rewards.solve(a), train=True) for g in solved for a in g]
-    episodes += [_episode(a, step, tools.rewards.solve(a), train=rules.mc_use == 'train')
+    episodes += [_episode(a, step, tools.rewards.solve(a), train=rules.mc_use != 'measure')
                  for g in measured for a in g]
   for a in proposals:    # after the rewards: diversity terms compare with what was there before
     if a.status == 'ok':
       buffer.count_types(a.task)
-  return Result(proposals, [a for g in measured for a in g], [a for g in solved for a in g],
-                episodes)
+  return Result(proposals, [a for g in measured for a in g],
+                [a for g in solved + (measured if reuse else []) for a in g], episodes)
 
 
-def propose(step: int, buffer, tools: Tools, rules: Rules, rng: np.random.Generator, *,
-            timer) -> list[Attempt]:
-  """Samples `rules.batch` proposals per kind and validates them; kinds in order, then rows."""
-  asked = [(kind, *_propose_prompt(kind, buffer, tools, rules, rng))
+def propose(step: int, buffer, tools: Tools, rules: Rules, rng: np.random.Generator, *, timer,
+            source=None, name: str = '') -> list[Attempt]:
+  """Samples `rules.batch` proposals per kind and validates them; kinds in order, then rows.
+
+  `source` and `name` as in `iterate`.
+  """
+  name, source = name or str(step), buffer if source is None else source
+  asked = [(kind, *_propose_prompt(kind, source, tools, rules, rng))
            for kind in tools.kinds for _ in range(rules.batch)]
   pending: dict[int, tuple] = {}
 
@@ -155,7 +178,7 @@ def propose(step: int, buffer, tools: Tools, rules: Rules, rng: np.random.Genera
     for i, (kind, references, ids) in enumerate(asked):
       text, well_formed, parsed, jobs = pending[i]
       attempt = Attempt(Role.PROPOSE, kind, _turn(ids, samples[i][0], text),
-                        group=f'{step}/propose/{kind.name}/{i}', references=tuple(references),
+                        group=f'{name}/propose/{kind.name}/{i}', references=tuple(references),
                         parsed=parsed, well_formed=well_formed)
       if isinstance(parsed, str):
         attempt.status = parsed
@@ -164,6 +187,8 @@ def propose(step: int, buffer, tools: Tools, rules: Rules, rng: np.random.Genera
         task = kind.to_task(parsed, attempt.verdicts, step)
         attempt.status = task if isinstance(task, str) else 'ok'
         attempt.task = None if isinstance(task, str) else task
+      if attempt.task is not None and tools.excludes(attempt.task):
+        attempt.status, attempt.task = 'excluded', None
       if attempt.task is not None and rules.refuse_duplicates:
         if attempt.task.key in seen or attempt.task.key in buffer:
           attempt.status, attempt.task = 'duplicate', None
@@ -175,9 +200,12 @@ def propose(step: int, buffer, tools: Tools, rules: Rules, rng: np.random.Genera
   return attempts
 
 
-def answer(tasks: Sequence[Task], counts: Sequence[int], step: int, tools: Tools, rules: Rules, *,
+def answer(tasks: Sequence[Task], counts: Sequence[int], name: str, tools: Tools, rules: Rules, *,
            timer) -> list[list[Attempt]]:
-  """Samples `counts[i]` answers to `tasks[i]` and checks them; one list of attempts per task."""
+  """Samples `counts[i]` answers to `tasks[i]` and checks them; one list of attempts per task.
+
+  All answers to equal tasks are one group, named after `name` and the task's key.
+  """
   if not tasks:
     return []
   kinds = {k.name: k for k in tools.kinds}
@@ -207,7 +235,7 @@ def answer(tasks: Sequence[Task], counts: Sequence[int], step: int, tools: Tools
       for n, sample in enumerate(samples[i]):
         text, well_formed, parsed, jobs = pending[i, n]
         attempt = Attempt(Role.SOLVE, kinds[task.kind], _turn(prompt_ids[i], sample, text),
-                          group=f'{step}/solve/{task.kind}/{i}', task=task, parsed=parsed,
+                          group=f'{name}/solve/{task.kind}/{task.key}', task=task, parsed=parsed,
                           well_formed=well_formed)
         if parsed is not None:
           attempt.verdicts = tuple(_result(f, rules) for f in jobs)
@@ -219,14 +247,15 @@ def answer(tasks: Sequence[Task], counts: Sequence[int], step: int, tools: Tools
   return out
 
 
-def draw_tasks(step: int, buffer, tools: Tools, rules: Rules, rng) -> list[Task]:
-  """`rules.batch` tasks per kind to solve; fewer only while a kind's buffer is empty."""
+def draw_tasks(step: int, buffer, tools: Tools, rules: Rules, rng,
+               have: Mapping[str, int] | None = None) -> list[Task]:
+  """Tasks to solve, `rules.batch` per kind less those it has; none while its buffer is empty."""
   out = []
   for kind in tools.kinds:
     # Fresh tasks are already in the buffer, lagged ones of this step are not.
     window = rules.recent_steps - (rules.solve_source == 'fresh')
-    tasks = buffer.draw(kind.name, rng, rules.batch, step=step, strategy=rules.draw,
-                        recent_steps=window)
+    tasks = buffer.draw(kind.name, rng, rules.batch - (have or {}).get(kind.name, 0),
+                        step=step, strategy=rules.draw, recent_steps=window)
     fitting = [t for t in tasks if _fits(kind, t, tools, rules)]
     if fitting:      # the batch stays full: rows that do not fit are replaced by ones that do
       extra = rng.integers(len(fitting), size=len(tasks) - len(fitting))

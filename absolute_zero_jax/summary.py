@@ -1,34 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers of an iteration, by kind and role, and the table a person reads at the end.
 
-Names: `propose_deduction/valid_rate`, `solve_induction/accuracy`, ... A rate is a share of the
-attempts of that kind and role. Learnability is averaged over valid proposals only (the reference
-logs it under "accuracy" with invalid ones as 0; spec section 9).
+Names: `propose_deduction/valid_rate`, `solve_induction/accuracy`, ... A rate or share is one of
+the attempts of that kind and role; `measure_` are the Monte-Carlo answers. Learnability is averaged
+over valid proposals only (the reference logs it under "accuracy" with invalid ones as 0; spec
+section 9). docs/metrics.md lists all names.
 """
 
 import collections
 from collections.abc import Mapping, Sequence
+import re
 
 import numpy as np
 
 from absolute_zero_jax import metrics
+from absolute_zero_jax.tasks import metrics as task_metrics
 from absolute_zero_jax.types import Episode, Role
 
 
-def scalars(result) -> dict[str, float]:
-  """Scalars of one `selfplay.Result`."""
+def scalars(result, *, flag_words: Sequence[str] = ()) -> dict[str, float]:
+  """Scalars of one `selfplay.Result`.
+
+  Args:
+    flag_words: responses that hold one of these, in any case, are counted in 'flagged_share'.
+  """
   out = {}
+  flagged = _word_finder(flag_words)
   for kind in dict.fromkeys(a.kind.name for a in result.proposals + result.solved):
-    mine = [a for a in result.proposals if a.kind.name == kind]
-    if mine:
-      out |= _prefixed(f'propose_{kind}', _proposals(mine))
-    for phase, attempts in (('solve', result.solved), ('measure', result.measured)):
+    for phase, attempts, numbers in (('propose', result.proposals, _proposals),
+                                     ('solve', result.solved, _answers),
+                                     ('measure', result.measured, _measured)):
       mine = [a for a in attempts if a.kind.name == kind]
       if mine:
-        out |= _prefixed(f'{phase}_{kind}', _answers(mine))
+        out |= _prefixed(f'{phase}_{kind}', _common(mine, flagged) | numbers(mine))
   for (role, kind), episodes in _by_role_kind(result.episodes).items():
     rewards = [e.reward for e in episodes]
-    out[f'{role}_{kind}/reward'] = float(np.mean(rewards))
+    out |= _prefixed(f'{role}_{kind}', {
+        'reward': np.mean(rewards), 'reward_min': min(rewards), 'reward_max': max(rewards),
+        'reward_std': np.std(rewards)})
+  out |= _gaps(out)
   rates = [a.solve_rate for a in result.proposals if a.solve_rate is not None]
   if rates:
     edges = np.linspace(0, 1, 9)
@@ -38,28 +48,80 @@ def scalars(result) -> dict[str, float]:
   return out
 
 
+def buffer_scalars(buffer) -> dict[str, float]:
+  """Tasks kept per kind, and how many values of which Python types they hold."""
+  out = {f'buffer/{kind}': float(size) for kind, size in buffer.sizes().items()}
+  return out | _prefixed('types', task_metrics.type_metrics(buffer.counts()))
+
+
+def _common(attempts: Sequence, flagged) -> dict[str, float]:
+  """What is asked of every phase: outcomes, lengths, words."""
+  out = {f'status/{status}': n / len(attempts)
+         for status, n in collections.Counter(a.status for a in attempts).items()}
+  return out | _lengths(attempts) | {
+      'count': len(attempts), 'flagged_share': np.mean([flagged(a.turn.text) for a in attempts])}
+
+
 def _proposals(attempts: Sequence) -> dict[str, float]:
   valid = [a for a in attempts if a.status == 'ok']
-  out = {'count': len(attempts), 'valid_rate': len(valid) / len(attempts),
-         'well_formed_rate': np.mean([a.well_formed for a in attempts])}
-  for status, count in collections.Counter(a.status for a in attempts).items():
-    out[f'status/{status}'] = count / len(attempts)
+  out = {'valid_rate': len(valid) / len(attempts),
+         'well_formed_rate': np.mean([a.well_formed for a in attempts]),
+         'reflection_share': np.mean([task_metrics.reflects(a.turn.text) for a in attempts])}
   rates = [a.solve_rate for a in valid if a.solve_rate is not None]
   if rates:
     out['solve_rate'] = np.mean(rates)
     out['learnability'] = np.mean([1 - r if r else 0.0 for r in rates])
-  return out | _lengths(attempts)
+  return out | task_metrics.task_metrics([a.task for a in valid], [a.references for a in valid])
 
 
 def _answers(attempts: Sequence) -> dict[str, float]:
-  out = {'count': len(attempts), 'accuracy': np.mean([a.accuracy for a in attempts]),
-         'well_formed_rate': np.mean([a.well_formed and a.parsed is not None for a in attempts])}
-  for status, count in collections.Counter(a.status for a in attempts).items():
-    out[f'status/{status}'] = count / len(attempts)
-  right = [len(a.turn.response_ids) for a in attempts if a.accuracy == 1]
-  if right:
-    out['response_tokens_correct'] = np.mean(right)
-  return out | _lengths(attempts)
+  reflects = np.array([task_metrics.reflects(a.turn.text) for a in attempts])
+  right = np.array([a.accuracy == 1 for a in attempts])
+  lengths = np.array([len(a.turn.response_ids) for a in attempts])
+  out = _accuracy(attempts) | {'reflection_share': reflects.mean()}
+  for name, mine in (('correct', right), ('incorrect', ~right)):
+    if mine.any():
+      out |= {f'response_tokens_{name}': lengths[mine].mean(),
+              f'reflection_share_{name}': reflects[mine].mean()}
+  return out
+
+
+def _measured(attempts: Sequence) -> dict[str, float]:
+  groups = collections.defaultdict(list)
+  for a in attempts:
+    groups[a.group].append(a.answer if a.parsed is not None else None)
+  # Near 1 / samples: the answers are copies of one another, and solve rates are 0 or 1.
+  distinct = [task_metrics.distinct_share(answers) for answers in groups.values()]
+  return _accuracy(attempts) | {'distinct_answer_share': np.mean(distinct)}
+
+
+def _accuracy(attempts: Sequence) -> dict[str, float]:
+  return {'accuracy': np.mean([a.accuracy for a in attempts]),
+          'well_formed_rate': np.mean([a.well_formed and a.parsed is not None for a in attempts])}
+
+
+def _gaps(scalars: Mapping[str, float]) -> dict[str, float]:
+  """How far the solver is ahead of the proposer, per kind.
+
+  'gap_KIND/reward': solve reward minus propose reward. 'gap_KIND/accuracy': accuracy on the tasks
+  drawn for training minus that on this iteration's proposals; above 0 the proposals are harder.
+  """
+  out = {}
+  for name in [n for n in scalars if n.startswith('solve_') and n.endswith('/reward')]:
+    kind = name.removeprefix('solve_').removesuffix('/reward')
+    for gap, a, b in (('reward', name, f'propose_{kind}/reward'),
+                      ('accuracy', f'solve_{kind}/accuracy', f'measure_{kind}/accuracy')):
+      if a in scalars and b in scalars:
+        out[f'gap_{kind}/{gap}'] = scalars[a] - scalars[b]
+  return out
+
+
+def _word_finder(words: Sequence[str]):
+  """A test of a text for any of the words."""
+  if not words:
+    return lambda text: False
+  found = re.compile('|'.join(rf'\b{re.escape(word)}\b' for word in words), re.I)
+  return lambda text: found.search(text) is not None
 
 
 def _lengths(attempts: Sequence) -> dict[str, float]:
@@ -87,9 +149,12 @@ def step_line(step: int, steps: int, scalars: Mapping[str, float], kinds: Sequen
   """One line about one iteration."""
   def rates(name: str) -> str:
     return ' '.join(f'{k[:3]} {_percent(scalars.get(name.format(k), float("nan")))}' for k in kinds)
+  update = 'no update: nothing to learn from'
+  if 'train/loss' in scalars:
+    update = (f'loss {scalars["train/loss"]:+.4f}, grad {scalars["train/grad_norm"]:.2f}, '
+              f'entropy {scalars["train/entropy"]:.2f}')
   return (f'iteration {step}/{steps}: valid {rates("propose_{}/valid_rate")} | '
-          f'solved {rates("solve_{}/accuracy")} | loss {scalars["train/loss"]:+.4f}, '
-          f'grad {scalars["train/grad_norm"]:.2f}, entropy {scalars["train/entropy"]:.2f} | '
+          f'solved {rates("solve_{}/accuracy")} | {update} | '
           f'{scalars["sampler/tokens_per_s"]:.0f} tok/s, {scalars["time/iteration"]:.1f} s')
 
 

@@ -31,6 +31,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   """Trains until `train.steps`, continuing what `workdir` holds; returns the finished `Run`.
 
   Writes config.json, checkpoints/, tensorboard/, metrics.jsonl, episodes/ and, at the end, export/.
+  With `command='seed'` it trains nothing and writes seeds/ instead.
   """
   config_lib.validate(c)
   # Orbax wants absolute paths; a URL is one.
@@ -46,6 +47,9 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
                      differences=config_lib.differences)
     current = stack.enter_context(Run(c, progress=console.stamp, console=console,
                                       fresh=latest is None))
+    if c.command == 'seed':
+      _seed(current, workdir / 'seeds', console)
+      return current
     if latest is not None:
       current.restore(checkpoints, latest)
       console.stamp(f'continues after iteration {latest} of {c.train.steps}')
@@ -62,6 +66,14 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
       _export(current, workdir / 'export')
     _print_summary(current, workdir, history, console)
     return current
+
+
+def _seed(current: Run, folder: epath.Path, console) -> None:
+  wanted = current.c.seeding.tasks
+  for name, count in current.make_seeds(folder).items():
+    console.line(f'{folder / name}: {count} tasks'
+                 + (f'; {wanted} were asked for, see seeding.patience' * (count < wanted)))
+  console.line(f'Play on from them with --config.selfplay.seeds={folder}')
 
 
 def use_compilation_cache(path: str | os.PathLike = '') -> None:

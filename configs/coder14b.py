@@ -20,6 +20,6 @@ def get_config(arg=None):
   c.selfplay.prompts = 'think'
   c.mesh.fsdp = -1
   c.mesh.data = 1
-  c.mesh.tensor = 4 if a.gpu else 4
+  c.mesh.tensor = 4
   c.model.attention = 'cudnn' if a.gpu else 'xla'
   return base.shrink(c) if a.smoke else c

@@ -18,7 +18,7 @@ def get_config(arg=None):
   c.model.name = 'meta-llama/Llama-3.1-8B'
   c.model.dtype = 'bfloat16'
   c.selfplay.prompts = 'think'
-  if a.preset == 'azr_paper':    # its script accepts helper functions
+  if a.preset != 'azr':               # its script accepts helper functions
     rules = c.selfplay.kind_options.rules
     rules.functions, rules.rename = 'any', 'any_last'
   c.mesh.fsdp = -1

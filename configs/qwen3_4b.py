@@ -18,11 +18,11 @@ def get_config(arg=None):
   c.model.name = 'Qwen/Qwen3-4B-Base'
   c.model.dtype = 'bfloat16'
   c.selfplay.prompts = 'think'
-  if a.preset == 'azr_paper':    # its script accepts helper functions
+  if a.preset != 'azr':               # its script accepts helper functions
     rules = c.selfplay.kind_options.rules
     rules.functions, rules.rename = 'any', 'any_last'
   c.mesh.fsdp = -1
   c.mesh.data = 1
-  c.mesh.tensor = 2 if a.gpu else 2
+  c.mesh.tensor = 2
   c.model.attention = 'cudnn' if a.gpu else 'xla'
   return base.shrink(c) if a.smoke else c

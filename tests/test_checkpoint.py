@@ -72,7 +72,7 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
 def test_a_workdir_belongs_to_one_config(tmp_path):
   workdir = epath.Path(tmp_path / 'run')
   c = config.get_config()
-  claim = lambda: checkpoint.claim(   # noqa: E731
+  claim = lambda: checkpoint.claim(
       workdir, config.to_json(c), free=('train.steps', 'log'), differences=config.differences)
   claim()
   c.train.steps, c.log.samples = 9, 0                        # free: the run goes on

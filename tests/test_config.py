@@ -94,6 +94,26 @@ def test_the_presets_are_the_published_numbers():
     config.apply_preset(config.get_config(), 'azr2')
 
 
+@pytest.mark.parametrize('name, model, helpers', [
+    ('coder3b', 'Qwen/Qwen2.5-Coder-3B', 'one'), ('base7b', 'Qwen/Qwen2.5-7B', 'one'),
+    ('coder7b', 'Qwen/Qwen2.5-Coder-7B', 'one'), ('base14b', 'Qwen/Qwen2.5-14B', 'one'),
+    ('coder14b', 'Qwen/Qwen2.5-Coder-14B', 'one'), ('llama8b', 'meta-llama/Llama-3.1-8B', 'any'),
+    ('qwen3_4b', 'Qwen/Qwen3-4B-Base', 'any')])
+def test_model_configs_have_the_published_sizes_and_a_mesh_each(name, model, helpers):
+  module = _load(ROOT / 'configs' / f'{name}.py')
+  tpu, gpu = module.get_config('preset=azr_paper'), module.get_config('preset=azr_paper,gpu')
+  for c in (tpu, gpu):
+    config.validate(c)
+    assert c.model.name == model and c.model.dtype == 'bfloat16' and c.mesh.fsdp == -1
+    assert (c.selfplay.batch, c.selfplay.mc_samples, c.selfplay.references) == (64, 8, 6)
+    assert (c.sampler.max_prompt_tokens, c.sampler.max_propose_tokens) == (6144, 8096)
+    assert (c.optimizer.learning_rate, c.optimizer.schedule, c.train.steps) == (
+        1e-6, 'constant', 500)
+    assert c.selfplay.kind_options.rules.functions == helpers
+  assert (tpu.model.attention, gpu.model.attention) == ('xla', 'cudnn')
+  assert 'rules' not in module.get_config().selfplay.kind_options
+
+
 def test_file_arguments():
   assert config.parse_arg('a,b=3', a=False, b=1).to_dict() == {'a': True, 'b': 3}
   assert config.parse_arg(None, a=False).a is False

@@ -22,11 +22,11 @@ ALL = 10**6
 @pytest.fixture(scope='module', autouse=True)
 def quick_compiles():
   """Tests compile far more than they run: half the time without XLA's later optimisations."""
-  kept = learner._compiler_options
-  learner._compiler_options = lambda platform: {
+  kept = learner.compiler_options
+  learner.compiler_options = lambda platform: {
       'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
   yield
-  learner._compiler_options = kept
+  learner.compiler_options = kept
 
 
 @pytest.fixture(scope='module')
@@ -304,6 +304,32 @@ def test_several_steps_per_batch_move_the_ratio(params):
   assert metrics['kl_old'] > 1e-8
   with pytest.raises(ValueError, match="old_logprobs='recompute'"):
     _update(params, rows, epochs=2)
+
+
+def test_old_logprobs_are_recomputed_only_beyond_the_bound(params):
+  rows = _rows(9)
+  def trainer(**options):
+    return learner.of_decoder(CONFIG, RECORD, reinforce.get('grpo'), micro_batch_tokens=512,
+                              old_logprobs='auto', **options)
+  def old(work):
+    return np.concatenate([b.old_logprobs_BT[b.mask_BT > 0] for part in work.parts for b in part])
+  several = trainer(mini_batches=2, mismatch_bound=0.02)
+  far = several.prepare(rows, params)
+  assert far.metrics['old_recomputed'] == 1 and far.metrics['old_mismatch'] > 0.5
+  layout = packing.plan(rows, micro_batch_tokens=512)
+  batches = packing.fill(layout, rows)
+  assert len(batches) > 1
+  own = packing.take_rows(layout, rows, batches, several.logprobs(params, batches))
+  for gap, recomputed in ((0.01, 0), (0.03, 1)):
+    near = [learner.Row(**vars(r) | {'model_logprobs': (o + gap).tolist()})
+            for r, o in zip(rows, own)]
+    work = several.prepare(near, params)
+    assert work.metrics['old_recomputed'] == recomputed
+    assert work.metrics['old_mismatch'] == pytest.approx(gap, rel=1e-3)
+    np.testing.assert_allclose(old(work) - old(far), 0 if recomputed else gap, atol=1e-6)
+  # One step per batch needs neither: the ratio is 1, and nothing is scored.
+  once = trainer()
+  assert 'old_mismatch' not in once.prepare(rows, params).metrics and once.compilations() == 0
 
 
 def test_mini_batches_have_weights_of_their_own(params):

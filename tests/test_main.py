@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line answers a user's mistake with one paragraph, a non-zero status and no work."""
 
+import importlib.util
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from absolute_zero_jax import config, main
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -45,3 +48,14 @@ def test_help_and_dry_run_import_no_jax():
                          text=True, timeout=120)
     assert out.returncode == 0, out.stderr
     assert words in out.stdout
+
+
+def test_every_command_of_the_config_has_its_module():
+  c = config.get_config()
+  for command, module in main._COMMANDS.items():
+    c.command = command
+    config.validate(c)
+    assert importlib.util.find_spec(f'absolute_zero_jax.{module}')
+  c.command = 'play'
+  with pytest.raises(config.ConfigError, match="'selfplay', 'seed'"):
+    config.validate(c)

@@ -153,6 +153,18 @@ def test_a_folder_of_ones_own_is_used_word_for_word(tmp_path):
     given.render('solve', 'abduction')
 
 
+def test_an_answer_may_be_looked_for_in_a_box(tmp_path):
+  folder = _copy(tmp_path, 'think')
+  boxed = r'so it is</think> \boxed{4}'
+  assert prompts.load(str(folder)).extract('solve', 'deduction', boxed) == (False, '')
+  settings = json.loads((folder / 'set.json').read_text())
+  (folder / 'set.json').write_text(json.dumps(settings | {'boxed_retry': True}))
+  prompts._load.cache_clear()
+  assert prompts.load(str(folder)).extract('solve', 'deduction', boxed) == (False, '4')
+  tagged = 'so</think> <answer>5</answer>'
+  assert prompts.load(str(folder)).extract('solve', 'deduction', tagged) == (True, '5')
+
+
 @pytest.mark.parametrize(('name', 'changes', 'words'), [
     ('solve_deduction', 'costs $5', 'lone'),
     ('solve_deduction', 'a<|response|>$input', 'no .field'),

@@ -96,6 +96,27 @@ def test_the_baseline_variant_is_the_authors_formula_where_prompts_differ(seed):
   np.testing.assert_allclose(advantages.reinforce_plus_plus_baseline(r), want, atol=1e-6)
 
 
+def test_trr_with_prompt_baselines_by_hand_and_as_trr_for_lone_prompts():
+  r = _rollout([1, 0, 1, 0], [1] * 4, prompt=[0, 0, 1, 2])
+  # Against the other answer: 1, -1; against the mean of the lone rows: 0.5, -0.5; rms^2 = 2.5 / 3.
+  np.testing.assert_allclose(advantages.trr_prompt(r)[:, 0],
+                             np.array([1, -1, 0.5, -0.5]) / np.sqrt(2.5 / 3), rtol=1e-6)
+  for seed in range(5):
+    lone = _random(seed)._replace(prompt_B=np.arange(24))
+    for count in ('token', 'sequence'):
+      np.testing.assert_allclose(advantages.trr_prompt(lone, count=count),
+                                 advantages.trr_plus_plus(lone, count=count), atol=1e-6)
+  # Answers to one prompt are centred whatever the other prompts earn; a shared mean gives +-0.5.
+  hard = _rollout([0, 0, 1, 1, 1, 0], [3] * 6, prompt=[0, 0, 1, 1, 2, 2])
+  adv_B = advantages.trr_prompt(hard)[:, 0]
+  assert not adv_B[:4].any() and adv_B[4] > 0 > adv_B[5]
+
+
+def test_the_optimal_baseline_is_weighted_by_length():
+  adv_BT = advantages.opo(_rollout([1, 0, 5], [3, 1, 2], prompt=[0, 0, 1]))
+  np.testing.assert_allclose(adv_BT[:, 0], [0.25, -0.75, 0])       # mean (3 * 1 + 1 * 0) / 4
+
+
 @pytest.mark.parametrize('name', ['grpo', 'dr_grpo', 'rloo'])
 @pytest.mark.parametrize('seed', range(3))
 def test_prompt_estimators_are_their_papers_formulas(name, seed):

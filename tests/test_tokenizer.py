@@ -281,7 +281,7 @@ def test_a_padded_model_vocabulary_decodes_to_no_text_there(llama3_dir):
 
 def test_bos_pad_and_stops_follow_the_model(qwen_dir, llama3_dir):
   qwen, llama3 = tokenizer.load(qwen_dir), tokenizer.load(llama3_dir)
-  of = lambda made, *texts: {made.encode(t, bos=False, allow_special=True)[0] for t in texts}  # noqa: E731
+  of = lambda made, *texts: {made.encode(t, bos=False, allow_special=True)[0] for t in texts}
   assert not qwen.adds_bos and qwen.bos_id is None
   assert {qwen.pad_id} == of(qwen, '<|endoftext|>')
   assert qwen.stop_ids == of(qwen, '<|im_end|>', '<|endoftext|>', '<after>')

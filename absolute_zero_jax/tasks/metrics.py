@@ -4,10 +4,12 @@
 import ast
 import collections
 from collections.abc import Sequence
+import functools
 import io
 import re
 import statistics
 import tokenize
+from typing import NamedTuple
 
 from absolute_zero_jax import intrinsic
 from absolute_zero_jax.tasks import program, text
@@ -37,6 +39,8 @@ def program_lines(source: str) -> int:
 
 def comment_share(source: str) -> float:
   """Share of a program's lines that hold a comment; 0 for text that cannot be tokenised."""
+  if '#' not in source:
+    return 0.0
   lines = program_lines(source)
   try:
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
@@ -57,20 +61,12 @@ def has_comment_plan(source: str) -> bool:
 
 def branches(source: str) -> int:
   """Cyclomatic complexity of the whole text: 1 + branching constructs and boolean operators."""
-  tree = text.parse(source)
-  if tree is None:
-    return 0
-  total = 1
-  for node in ast.walk(tree):
-    total += isinstance(node, _BRANCHES)
-    total += len(node.values) - 1 if isinstance(node, ast.BoolOp) else 0
-  return total
+  return _shape(source).branches
 
 
 def nodes(source: str) -> int:
   """Nodes of the syntax tree; 0 for text that is no Python."""
-  tree = text.parse(source)
-  return 0 if tree is None else sum(1 for _ in ast.walk(tree))
+  return _shape(source).nodes
 
 
 def distance(source: str, other: str) -> float:
@@ -79,7 +75,7 @@ def distance(source: str, other: str) -> float:
   Linear in the size of the programs, unlike the edit distance of `intrinsic.mean_edit_distance`,
   which it follows closely enough for a log. 0 when either is no Python.
   """
-  one, two = _pairs(source), _pairs(other)
+  one, two = _shape(source).pairs, _shape(other).pairs
   if not one or not two:
     return 0.0
   return 1 - 2 * (one & two).total() / (one.total() + two.total())
@@ -123,7 +119,7 @@ def task_metrics(tasks: Sequence[Task], references: Sequence[Sequence[Task]] = (
       'comment_share': statistics.fmean(map(comment_share, sources)),
       'comment_plan_share': statistics.fmean(map(has_comment_plan, sources)),
       'diversity': diversity(sources),
-      'distinct_programs': distinct_share([program.key('', s) for s in sources]),
+      'distinct_programs': distinct_share(sources),
       'output_types': float(len(types)),
       'distinct_outputs': distinct_share([o for task in tasks for _, o in task.cases]),
   }
@@ -146,9 +142,23 @@ def type_metrics(counts: dict[str, dict[str, dict[str, int]]]) -> dict[str, floa
   return out
 
 
-def _pairs(source: str) -> collections.Counter:
+class _Shape(NamedTuple):
+  branches: int
+  nodes: int
+  pairs: collections.Counter
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(source: str) -> _Shape:
+  """All numbers about a tree from one walk; references are asked for again and again."""
   tree = text.parse(source)
   if tree is None:
-    return collections.Counter()
-  return collections.Counter((type(node).__name__, type(child).__name__)
-                             for node in ast.walk(tree) for child in ast.iter_child_nodes(node))
+    return _Shape(0, 0, collections.Counter())
+  found, pairs = list(ast.walk(tree)), collections.Counter()
+  total = 1
+  for node in found:
+    name = type(node).__name__
+    pairs.update((name, type(child).__name__) for child in ast.iter_child_nodes(node))
+    total += isinstance(node, _BRANCHES)
+    total += len(node.values) - 1 if isinstance(node, ast.BoolOp) else 0
+  return _Shape(total, len(found), pairs)

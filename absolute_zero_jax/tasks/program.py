@@ -138,7 +138,7 @@ def clean(source: str, steps: Sequence[str]) -> str:
     keep = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     tree.body = [n for n in tree.body if isinstance(n, keep)]
   if 'comments' in steps:
-    _strip_docstrings(tree)
+    _strip_docstrings(list(ast.walk(tree)))
   if 'prints' in steps:
     tree = ast.fix_missing_locations(_NoPrints().visit(tree))
   return ast.unparse(tree)
@@ -306,8 +306,8 @@ def _in_order(node: ast.AST):
 
 def _canonical(tree: ast.Module) -> str:
   # Left alone: f, imported names, and names that are also reached as attribute or keyword.
-  fixed = {'f'}
-  for node in ast.walk(tree):
+  fixed, nodes = {'f'}, list(ast.walk(tree))
+  for node in nodes:
     if isinstance(node, ast.alias):
       fixed.add((node.asname or node.name).split('.')[0])
     elif isinstance(node, ast.Attribute):
@@ -318,8 +318,8 @@ def _canonical(tree: ast.Module) -> str:
       fixed.update(node.names)
   names = dict.fromkeys(name for name in bound_names(tree) if name not in fixed)
   order = {name: f'<{i}>' for i, name in enumerate(names)}
-  _strip_docstrings(tree)
-  for node in ast.walk(tree):
+  _strip_docstrings(nodes)
+  for node in nodes:
     for field in ('id', 'arg', 'name'):
       value = getattr(node, field, None)
       if isinstance(value, str) and not isinstance(node, ast.alias | ast.keyword):
@@ -327,8 +327,8 @@ def _canonical(tree: ast.Module) -> str:
   return ast.dump(tree)
 
 
-def _strip_docstrings(tree: ast.Module) -> None:
-  for node in ast.walk(tree):
+def _strip_docstrings(nodes: Sequence[ast.AST]) -> None:
+  for node in nodes:
     body = getattr(node, 'body', None)
     scopes = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     if isinstance(node, scopes) and body and isinstance(body[0], ast.Expr):

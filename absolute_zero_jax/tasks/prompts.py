@@ -17,9 +17,12 @@ prompt as its opening and read back as part of the response. `set.json` says:
   version         raised with every change of meaning
   wrapper         the default wrapper: 'answer', 'boxed', 'none' or a name of one's own
   rule            'strict' or 'azr': the format test of the answer wrapper (`text.think_answer`)
+  boxed_retry     true: an answer without answer tags is looked for in a box; still badly formed
   examples        for '<role>_<kind>': how many worked examples stand before the references
+  base            another built-in set, whose files and settings stand where this one has none
   formats         for '<role>_<kind>': `stops`, texts that end the response; `opening`, `closing`,
-                  text put around the response before it is parsed (e.g. an unwritten fence)
+                  text put around the response before it is parsed (e.g. an unwritten fence);
+                  `after`, a mark behind which the answer stands, so that thinking may precede it
 """
 
 from collections.abc import Sequence
@@ -48,6 +51,7 @@ class Format:
   stops: tuple[str, ...] = ()
   opening: str = ''
   closing: str = ''
+  after: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,7 @@ class PromptSet:
   """One folder of templates. Get one with `load`.
 
   Attributes:
-    hash: sha256 over the names and contents of all files and over the chosen wrapper; a score
+    hash: sha256 over the names and contents of all files and the chosen wrapper and rule; a score
       without it cannot be compared.
     files: template texts by file name, without the suffix.
     shown: for '<role>_<kind>', how many worked examples a prompt shows.
@@ -71,6 +75,7 @@ class PromptSet:
   formats: dict[str, Format]
   files: dict[str, str]
   examples: dict[str, list[list[Task]]]
+  boxed_retry: bool = False
 
   def render(self, role: Role | str, kind: str, **fields: object) -> str:
     """The whole prompt, wrapper and opened response included.
@@ -109,11 +114,15 @@ class PromptSet:
 
     Args:
       finished: the model ended the response itself (EOS), so a missing stop text is no cut. It
-        never makes up for a missing tag.
+        never makes up for a missing tag or `after` mark; with such a mark only a response that was
+        ended is well-formed.
     """
     how = self._format(role, kind)
     if self.wrapper == 'answer':
-      return _tagged_answer(self.prefix(role, kind) + response, self.rule)
+      well_formed, answer = _tagged_answer(self.prefix(role, kind) + response, self.rule)
+      if self.boxed_retry and not answer:
+        answer = text.boxed(response) or ''
+      return well_formed, answer
     if self.wrapper == 'boxed':
       answer = text.boxed(response)
       return answer is not None, answer if answer is not None else response.strip()
@@ -123,8 +132,11 @@ class PromptSet:
       response = response[:end]
       ending = next(s for s in how.stops if response.endswith(s))
       response = response[:-len(ending)]
-    answer = how.opening + self.prefix(role, kind) + response + how.closing
-    return stopped or finished or not how.stops, answer
+    response = self.prefix(role, kind) + response
+    if how.after:
+      _, mark, response = response.rpartition(how.after)
+      return bool(mark) and (stopped or finished), how.opening + response + how.closing
+    return stopped or finished or not how.stops, how.opening + response + how.closing
 
   def references(self, kind: str, tasks: Sequence[Task], variant: int = 0,
                  like: str = '') -> str:
@@ -189,19 +201,20 @@ class PromptSet:
     return before, opening
 
 
-def load(name: str, wrapper: str = '') -> PromptSet:
+def load(name: str, wrapper: str = '', rule: str = '') -> PromptSet:
   """The built-in set of that name, the set in a directory, or the object `module:name`.
 
   Args:
     wrapper: another wrapper than the set's own: 'answer', 'boxed', 'none', or the name of a
       `wrapper_<name>.txt` in the folder.
+    rule: another format test than the set's own: 'strict' or 'azr'.
 
   Raises:
     ValueError: no such set, no such wrapper, a malformed `set.json` or template.
   """
   if not os.path.isdir(name) and name.count(':') == 1:
     return _of_module(*name.split(':'))
-  return _load(str(name), wrapper)
+  return _load(str(name), wrapper, rule)
 
 
 def _of_module(module: str, attribute: str) -> PromptSet:
@@ -213,16 +226,20 @@ def _of_module(module: str, attribute: str) -> PromptSet:
 
 
 @functools.cache
-def _load(name: str, wrapper: str) -> PromptSet:
+def _load(name: str, wrapper: str, rule: str) -> PromptSet:
   built_in = sorted(p.name for p in BUILT_IN.iterdir() if (p / 'set.json').is_file())
   folder = BUILT_IN / name if name in built_in else pathlib.Path(name)
   if not (folder / 'set.json').is_file():
     raise ValueError(f'prompts={name!r} is neither one of {built_in} nor a folder with set.json.')
-  paths = sorted(p for p in folder.iterdir() if p.suffix in ('.txt', '.json'))
-  raw = {p.name: p.read_text(encoding='utf-8') for p in paths}
+  raw = _texts(folder)
   try:
     settings = json.loads(raw['set.json'])
-    formats = {k: Format(tuple(v.get('stops', ())), v.get('opening', ''), v.get('closing', ''))
+    if 'base' in settings:
+      below = _texts(BUILT_IN / settings['base'])
+      settings = json.loads(below['set.json']) | settings
+      raw = below | {'base.json': below['set.json']} | raw
+    formats = {k: Format(tuple(v.get('stops', ())), v.get('opening', ''), v.get('closing', ''),
+                         v.get('after', ''))
                for k, v in settings.get('formats', {}).items()}
     shown, version = dict(settings.get('examples', {})), int(settings['version'])
     examples = {kind: [[_example(kind, e) for e in page] for page in pages]
@@ -230,17 +247,18 @@ def _load(name: str, wrapper: str) -> PromptSet:
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f'{folder}: set.json or examples.json is malformed ({error!r}).') from error
   wrapper = wrapper or settings.get('wrapper', 'none')
-  files = {p.stem: raw[p.name] for p in paths if p.suffix == '.txt'}
+  files = {name.removesuffix('.txt'): body for name, body in raw.items() if name.endswith('.txt')}
   if wrapper != 'none' and f'wrapper_{wrapper}' not in files:
     known = sorted(f[8:] for f in files if f.startswith('wrapper_'))
     raise ValueError(f'prompts {name!r}: wrapper={wrapper!r} must be none or one of {known}.')
-  rule = settings.get('rule', 'strict')
+  rule = rule or settings.get('rule', 'strict')
   if rule not in ('strict', 'azr'):
     raise ValueError(f"{folder}/set.json: rule={rule!r} must be 'strict' or 'azr'.")
   for file, body in files.items():
     _check(f'{folder}/{file}.txt', body)
-  digest = hashlib.sha256(json.dumps([wrapper, sorted(raw.items())]).encode()).hexdigest()
-  return PromptSet(folder.name, version, digest, wrapper, rule, shown, formats, files, examples)
+  digest = hashlib.sha256(json.dumps([wrapper, rule, sorted(raw.items())]).encode()).hexdigest()
+  return PromptSet(folder.name, version, digest, wrapper, rule, shown, formats, files, examples,
+                   bool(settings.get('boxed_retry')))
 
 
 def task_fields(task: Task) -> dict[str, str]:
@@ -272,6 +290,12 @@ def _tagged_answer(response: str, rule: str) -> tuple[bool, str]:
 def _example(kind: str, row: dict) -> Task:
   cases = tuple((i, o) for i, o in row['cases'])
   return Task(kind, row['program'], cases, row.get('message', ''), row.get('shown', 0))
+
+
+def _texts(folder: pathlib.Path) -> dict[str, str]:
+  """Contents of a set's files by name."""
+  return {p.name: p.read_text(encoding='utf-8') for p in sorted(folder.iterdir())
+          if p.suffix in ('.txt', '.json')}
 
 
 def _check(where: str, body: str) -> None:

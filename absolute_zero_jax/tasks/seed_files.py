@@ -8,7 +8,8 @@ at 400 characters, some do not reproduce): the executor computes them anew.
 
 from collections.abc import Sequence
 import json
-import pathlib
+
+from etils import epath
 
 from absolute_zero_jax.tasks import program, text
 from absolute_zero_jax.types import Task
@@ -16,7 +17,7 @@ from absolute_zero_jax.types import Task
 PAIR_KINDS = ('abduction', 'deduction', 'error')
 
 
-def read(path: str | pathlib.Path) -> list[program.Proposal]:
+def read(path: epath.PathLike) -> list[program.Proposal]:
   """One proposal a row, in order, exact repetitions left out.
 
   Validate each with the kind of your choice (`validation_jobs`, `to_task`); rows of pairs serve
@@ -27,7 +28,7 @@ def read(path: str | pathlib.Path) -> list[program.Proposal]:
     ValueError: a line is no JSON object of either schema; the message names the line.
   """
   found: dict[tuple, program.Proposal] = {}
-  for number, line in enumerate(pathlib.Path(path).read_text(encoding='utf-8').split('\n'), 1):
+  for number, line in enumerate(epath.Path(path).read_text(encoding='utf-8').split('\n'), 1):
     if not line.strip():
       continue
     try:
@@ -48,8 +49,8 @@ def kinds_of(proposal: program.Proposal) -> tuple[str, ...]:
   return ('induction',) if proposal.message else PAIR_KINDS
 
 
-def write(path: str | pathlib.Path, tasks: Sequence[Task]) -> None:
-  """Writes tasks of one schema: all pairs, or all induction.
+def write(path: epath.PathLike, tasks: Sequence[Task]) -> None:
+  """Writes tasks of one schema, all pairs or all induction; the whole file or nothing.
 
   Raises:
     ValueError: both schemas in one file.
@@ -58,7 +59,10 @@ def write(path: str | pathlib.Path, tasks: Sequence[Task]) -> None:
     raise ValueError(f'{path}: pairs and induction tasks go to separate files.')
   rows = [_pair(t) if t.kind in PAIR_KINDS else _induction(t) for t in tasks]
   lines = [json.dumps(row, ensure_ascii=True) + '\n' for row in rows]
-  pathlib.Path(path).write_text(''.join(lines), encoding='utf-8')
+  path = epath.Path(path)
+  temporary = path.parent / f'.{path.name}.tmp'
+  temporary.write_text(''.join(lines), encoding='utf-8')
+  temporary.replace(path)
 
 
 def _pair(task: Task) -> dict:

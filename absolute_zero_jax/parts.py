@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the names of a config become the objects of a run; each function reads its own sections."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from absolute_zero_jax import config as config_lib
+from absolute_zero_jax import executor as executor_lib
+from absolute_zero_jax import grammar, lora, reinforce, sharding, tasks
+from absolute_zero_jax import learner as learner_lib
+from absolute_zero_jax import rewards as rewards_lib
+from absolute_zero_jax import sampler as sampler_lib
+from absolute_zero_jax.models import decoder, hub, loading
+from absolute_zero_jax.tasks import composite, program
+from absolute_zero_jax.types import Task
+
+ConfigDict = config_lib.ConfigDict
+
+_ALGORITHM = ('name', 'whiten_by', 'whiten_count', 'aggregation', 'aggregation_rows', 'clip_low',
+              'clip_high', 'dual_clip', 'entropy_coef', 'kl_coef', 'kl_kind', 'kl_in',
+              'importance', 'importance_cap')
+
+
+def kinds(c: ConfigDict) -> list[tasks.Kind]:
+  """The task kinds, each made with those of `selfplay.kind_options` that it knows."""
+  options = c.selfplay.kind_options.to_dict()
+  rules = options.pop('rules', {})
+  if rules.get('banned_words') == 'azr':
+    rules['banned_words'] = program.AZR_BANNED_WORDS
+  if c.command == 'seed' and c.seeding.clean:
+    rules['clean'] = c.seeding.clean
+  try:
+    options['rules'] = tasks.Rules(**rules)
+    options['composites'] = composite.Schedule(**options.get('composites', {}))
+  except TypeError as e:
+    raise config_lib.ConfigError(f'selfplay.kind_options: {e}; the fields are those of tasks.Rules '
+                                 'and tasks.composite.Schedule.') from e
+  return [tasks.get(name, cases=c.selfplay.induction_cases, score=c.reward.induction, **options)
+          for name in c.selfplay.kinds]
+
+
+def rewards(c: ConfigDict) -> Any:
+  """What attempts are worth."""
+  make = config_lib.load_object(c.reward.name, {'azr': rewards_lib.get}, 'reward.name')
+  return make(**{k: v for k, v in c.reward.to_dict().items() if k != 'name'})
+
+
+def excludes(c: ConfigDict) -> Callable[[Task], bool]:
+  """Says which proposed tasks are refused: programs of the test side, whatever the seed."""
+  if not c.selfplay.exclude:
+    return lambda task: False
+  return config_lib.load_object(c.selfplay.exclude, {'heldout': grammar.excludes},
+                                'selfplay.exclude')
+
+
+def algorithm(c: ConfigDict) -> Any:
+  """Advantages and losses; solvers whose prompts have several answers get prompt baselines."""
+  estimators = c.algorithm.role_estimators.to_dict()
+  if c.selfplay.mc_use != 'measure' and c.algorithm.name == 'trr_plus_plus':
+    estimators = {'solve': 'trr_prompt'} | estimators
+  return reinforce.get(
+      **{k: c.algorithm[k] for k in _ALGORITHM}, role_estimators=tuple(estimators.items()),
+      role_weights=tuple(c.algorithm.role_weights.to_dict().items()),
+      aggregation_tokens=c.algorithm.aggregation_tokens or longest_response(c))
+
+
+def executor(c: ConfigDict) -> Any:
+  """The started service; to be closed by the caller."""
+  return executor_lib.start(
+      c.executor.name, workers=c.executor.workers, min_isolation=c.executor.min_isolation,
+      validate_timeout_s=c.executor.validate_timeout_s,
+      score_timeout_s=c.executor.score_timeout_s, memory_mb=c.executor.memory_mb,
+      **c.executor.options.to_dict())
+
+
+def optimizer(c: ConfigDict) -> Any:
+  """AdamW with its schedule; clipping is the learner's."""
+  fields = {k: v for k, v in c.optimizer.to_dict().items()
+            if k not in ('clip_norm', 'accumulate_dtype')}
+  return learner_lib.make_optimizer(steps=c.train.steps, **fields)
+
+
+def learner(c: ConfigDict, model: Any, mesh: Any, algorithm: Any, optimizer: Any,
+            ) -> learner_lib.Learner:
+  """The compiled update of this model."""
+  return learner_lib.of_decoder(
+      model, optimizer, algorithm, mesh=mesh, dtype=c.model.dtype, remat=c.model.remat,
+      attention=c.model.attention, old_logprobs=c.algorithm.old_logprobs,
+      mismatch_bound=c.algorithm.mismatch_bound, max_grad_norm=c.optimizer.clip_norm,
+      accumulate_dtype=c.optimizer.accumulate_dtype, epochs=c.algorithm.epochs,
+      mini_batches=c.algorithm.mini_batches, skip_zero_rows=c.algorithm.skip_zero_rows,
+      pack=c.train.pack, micro_batch_tokens=c.train.micro_batch_tokens,
+      materialize=lora.attaching(alpha=c.lora.alpha) if c.lora.rank else None)
+
+
+def sampler(c: ConfigDict, model: Any, mesh: Any, tokenizer: Any) -> sampler_lib.Sampler:
+  """The continuous batch of this model."""
+  return sampler_lib.Sampler(
+      model, mesh, pad_id=tokenizer.pad_id, stop_ids=tokenizer.stop_ids, slots=c.sampler.slots,
+      chunk=c.sampler.chunk, dtype=c.model.dtype, attention=c.model.attention,
+      vocab=tokenizer.vocab_size, max_prompt_tokens=c.sampler.max_prompt_tokens,
+      max_new_tokens=longest_response(c))
+
+
+def model(c: ConfigDict, key: jax.Array, mesh: Any) -> tuple[Any, Any, Any]:
+  """(ModelConfig, parameters, folder or file they came from)."""
+  return loading.load(
+      c.model.name, dtype=jnp.dtype(c.model.param_dtype), key=key,
+      shardings_fn=lambda m: sharding.shardings(decoder.param_specs(m), mesh))
+
+
+def model_without_parameters(c: ConfigDict) -> tuple[Any, None, Any]:
+  """As `model`, for weights that a checkpoint will bring."""
+  if c.model.name.startswith('random:'):
+    return loading.random_config(c.model.name), None, None
+  source = loading.weights(hub.resolve(c.model.name))
+  return loading.read_config(source), None, source
+
+
+def longest_response(c: ConfigDict) -> int:
+  """Tokens that any response may have."""
+  return max(c.sampler.max_propose_tokens, c.sampler.max_solve_tokens)
