@@ -3,12 +3,17 @@
 
     python benchmarks/train_step.py                         8 x 512 tokens, gradient only
     python benchmarks/train_step.py --optimizer adamw       the whole update
+    python benchmarks/train_step.py --model=qwen2.5-1.5b --rows=4 --tokens=4096 --dtype=bfloat16 \\
+        --attention=cudnn --micro_batch_tokens=16384 --steps=5 --peak_tflops=989 --sides=jax_full
+                                                            on an NVIDIA H100, with its MFU
 
-Model: the sizes of SmolLM2-135M with random float32 weights, written once as a Hugging Face
-directory that every side reads. Torch runs the `transformers` model with `sdpa` attention, with and
-without gradient checkpointing. Every measurement is a process of its own (its peak resident memory
-is the one printed), and the sides take turns. Times of shared machines differ from run to run; the
-ratios and the CPU seconds (user and system, all threads) are what to compare.
+Model: the sizes of SmolLM2-135M (or Qwen2.5-1.5B) with random weights, written once as a Hugging
+Face directory that every side reads. Torch runs the `transformers` model with `sdpa` attention,
+with and without gradient checkpointing. Every measurement is a process of its own (its peak
+resident memory is the one printed), and the sides take turns. Times of shared machines differ from
+run to run; the ratios and the CPU seconds (user and system, all threads) are what to compare. MFU
+counts 6 operations per parameter and token and the attention's own products, and no recomputation
+(PaLM, arXiv:2204.02311, appendix B).
 """
 
 import argparse
@@ -25,6 +30,9 @@ import numpy as np
 
 SMOLLM2 = dict(family='llama', vocab=49152, embed=576, layers=30, heads=9, kv_heads=3, head_dim=64,
                ffn=1536, rope_theta=1e5, tied=True, max_positions=8192)
+QWEN = dict(family='qwen2', vocab=151936, embed=1536, layers=28, heads=12, kv_heads=2, head_dim=128,
+            ffn=8960, rope_theta=1e6, qkv_bias=True, tied=True, max_positions=32768)
+MODELS = {'smollm2': SMOLLM2, 'qwen2.5-1.5b': QWEN}
 # The second word of a jax side is what its backward pass keeps: `remat` of the decoder.
 SIDES = ('jax_full', 'jax_dots', 'torch', 'torch_checkpointing')
 LEARNING_RATE = 1e-6
@@ -59,7 +67,7 @@ def _report(results, flags) -> None:
     middle[side] = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
     m = middle[side]
     print(f'{side:20s} {m["wall_s"]:8.2f} {m["cpu_s"]:8.2f} {m["peak_gib"]:9.2f} '
-          f'{m["grad_norm"]:14.6f}')
+          f'{m["grad_norm"]:14.6f}' + (f'  MFU {m["mfu"]:.0%}' if 'mfu' in m else ''))
   torch = [m for side, m in middle.items() if side.startswith('torch')]
   for side in middle:
     if side.startswith('jax') and torch:
@@ -76,17 +84,19 @@ def _jax(flags) -> dict:
   from absolute_zero_jax.models import config, decoder, hf
 
   folder = pathlib.Path(flags.folder)
-  model = config.ModelConfig(**SMOLLM2)
+  model = config.ModelConfig(**MODELS[flags.model])
   # Moves nothing: what is timed is the gradient.
   tx = (learner.make_optimizer(LEARNING_RATE) if flags.optimizer == 'adamw'
         else optax.set_to_zero())
   algorithm = reinforce.get('reinforce_plus_plus', aggregation='token')
   trainer = learner.of_decoder(model, tx, algorithm, remat=flags.side[4:], dtype=flags.dtype,
-                               micro_batch_tokens=flags.micro_batch_tokens, chunk=flags.chunk)
+                               attention=flags.attention, chunk=flags.chunk,
+                               micro_batch_tokens=flags.micro_batch_tokens)
   work = trainer.prepare(_rows(flags, learner.Row), None)
   if flags.make:
     # The torch sides train on exactly these weights and numbers.
-    hf.save(model, decoder.init(model, jax.random.key(0)), folder / 'model')
+    params = decoder.init(model, jax.random.key(0), dtype=flags.dtype)
+    hf.save(model, params, folder / 'model')
     np.savez(folder / 'batch.npz', *(
         np.concatenate([getattr(b, name) for b in work.parts[0]])
         for name in ('tokens_BT', 'mask_BT', 'advantages_BT', 'weights_BT')))
@@ -97,7 +107,14 @@ def _jax(flags) -> dict:
     nonlocal state
     state, metrics = trainer.update(state, work)
     return metrics['grad_norm']
-  return _time(step, flags)
+  out = _time(step, flags)
+  if flags.peak_tflops:
+    c, tokens = model, flags.rows * flags.tokens
+    matrices = c.layers * (c.embed * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+                           + 3 * c.embed * c.ffn) + c.vocab * c.embed
+    attention = 12 * c.layers * c.heads * c.head_dim * flags.tokens / 2     # half is masked
+    out['mfu'] = tokens * (6 * matrices + attention) / out['wall_s'] / flags.peak_tflops / 1e12
+  return out
 
 
 def _torch(flags) -> dict:
@@ -166,7 +183,8 @@ def _peak_gib() -> float:
 
 
 def _command(folder, flags) -> list[str]:
-  fields = ('rows', 'tokens', 'steps', 'optimizer', 'dtype', 'chunk', 'micro_batch_tokens')
+  fields = ('rows', 'tokens', 'steps', 'optimizer', 'dtype', 'chunk', 'micro_batch_tokens',
+            'model', 'attention', 'peak_tflops')
   return [sys.executable, __file__, f'--folder={folder}',
           *(f'--{name}={getattr(flags, name)}' for name in fields)]
 
@@ -179,6 +197,9 @@ def _flags() -> argparse.Namespace:
   parser.add_argument('--steps', type=int, default=1, help='timed per process; best counts')
   parser.add_argument('--optimizer', choices=('none', 'adamw'), default='none')
   parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--model', choices=MODELS, default='smollm2')
+  parser.add_argument('--attention', default='xla')
+  parser.add_argument('--peak_tflops', type=float, default=0.0, help='of the chip; prints the MFU')
   parser.add_argument('--chunk', type=int, default=0)
   parser.add_argument('--micro_batch_tokens', type=int, default=4096)
   parser.add_argument('--sides', default=','.join(SIDES))
