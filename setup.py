@@ -54,6 +54,7 @@ setup(
             'torch>=2.6,<=2.13.0',
             'accelerate>=1.0',
             'safetensors>=0.5',
+            'matplotlib>=3.9',
             # Intrinsic rewards against the reference's values.
             'complexipy>=3',
             'radon>=6',
@@ -62,6 +63,8 @@ setup(
         'rewards': ['complexipy>=3', 'radon>=6'],
         'bench': ['torch>=2.6,<=2.13.0', 'accelerate>=1.0', 'pebble>=5'],
         'notebooks': ['jupyterlab>=4', 'matplotlib>=3.9'],
+        # The plot of a run with held-out scores.
+        'plot': ['matplotlib>=3.9'],
         'eval': ['math-verify>=0.7'],
     },
 )

@@ -31,7 +31,8 @@ def get_config() -> ConfigDict:
   c.preset = 'azr'
 
   c.model = ConfigDict()
-  # Directory, .gguf file, HF id, alias, or 'random:FAMILY[,key=value...]' (tests).
+  # Directory, .gguf file, HF id, alias, 'carried:tiny' (comes with the package), or
+  # 'random:FAMILY[,key=value...]' (tests).
   c.model.name = 'smollm2-135m-instruct'
   # Arithmetic of the forward pass: 'float32' or 'bfloat16'.
   c.model.dtype = 'float32'
@@ -96,6 +97,8 @@ def get_config() -> ConfigDict:
   # solver's rows, and only what is short of `batch` rows per kind is generated. With the last two
   # `trr_plus_plus` gives the solver prompt baselines (`trr_prompt`), role_estimators permitting.
   c.selfplay.mc_use = 'measure'
+  # Answers to each task that is drawn; more than one give the solver's prompt baselines a group.
+  c.selfplay.solve_samples = 1
   # Plays and updates per iteration; all of them draw references and lagged tasks from the buffer as
   # it stood when the iteration began (the reference's update_iteration).
   c.selfplay.updates = 1
@@ -105,10 +108,16 @@ def get_config() -> ConfigDict:
   c.selfplay.keep = 'all'
   # A proposal equal to a known task is refused (status 'duplicate').
   c.selfplay.refuse_duplicates = True
+  # Changed inputs that a proposal also runs on in its validation, to find out whether its output
+  # depends on the input (metric `propose/independent_share`); 0 = not tested. And whether one whose
+  # output does not is refused (status 'independent'); off in the presets, on in configs/tiny.py.
+  c.selfplay.probes = 3
+  c.selfplay.refuse_independent = False
   # Tasks that are refused (status 'excluded'): '', 'heldout' (programs of the test side of
   # `grammar`), or 'module:name' of a function of the task.
   c.selfplay.exclude = ''
-  # Seed tasks: file or directory of the reference's jsonl schema; '' starts from the zero triplet.
+  # Seed tasks: file or directory of the reference's jsonl schema; 'grammar': `seeding.tasks` per
+  # kind, generated from `seed`; '' starts from the zero triplet.
   c.selfplay.seeds = ''
 
   # command='seed' trains nothing; the policy proposes from what the buffer starts with, and valid
@@ -146,7 +155,8 @@ def get_config() -> ConfigDict:
   c.executor.memory_mb = 512
 
   c.reward = ConfigDict()
-  # 'azr' (the fields below), or 'module:name'.
+  # 'azr' (the fields below), a control of `controls` ('random', 'format', 'validity'), or
+  # 'module:name'.
   c.reward.name = 'azr'
   c.reward.format_penalty = -1.0      # unreadable response, or a proposal that is no task
   c.reward.wrong_penalty = -0.5       # well-formed but wrong
@@ -161,6 +171,7 @@ def get_config() -> ConfigDict:
   # Intrinsic terms of valid proposals, {name: (coefficient, cap)}; see `intrinsic.TERMS`.
   c.reward.intrinsic = ConfigDict()
   c.reward.hierarchical = False       # diversity by type first, then inside the type
+  c.reward.seed = 0                   # of 'random'
   c.reward.combine = 'sum'            # 'sum', 'multiply', 'sum_multiply', 'multiply_sum'
 
   c.algorithm = ConfigDict()
@@ -216,6 +227,9 @@ def get_config() -> ConfigDict:
 
   c.train = ConfigDict()
   c.train.steps = 500
+  # Self-play saves and ends cleanly before it has run this long, start-up, last scoring and saving
+  # included; 0 = no limit. The same command then plays on for as long again.
+  c.train.minutes = 0.0
   # Tokens of one micro-batch (rows x padded length).
   c.train.micro_batch_tokens = 4096
   # Several short sequences in one row of a micro-batch.
@@ -248,6 +262,11 @@ def get_config() -> ConfigDict:
   c.heldout.parts = ('same', 'deeper')
   # Answers at temperature 1 to each item, for their mean and for pass@n.
   c.heldout.samples = 8
+  c.heldout.kinds = ('deduction', 'abduction', 'induction')
+  # command='evaluate': a model to compare with, item by item; '' = none.
+  c.heldout.base = ''
+  # Self-play scores its policy so at the start, every so many iterations and at the end; 0 = never.
+  c.heldout.every_steps = 0
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every_steps = 10
@@ -379,6 +398,9 @@ def validate(c: ConfigDict) -> None:
   if c.selfplay.mc_use == 'reuse' and c.selfplay.solve_source == 'lagged':
     raise ConfigError("selfplay.mc_use='reuse' solves this iteration's tasks: set "
                       "selfplay.solve_source='fresh'.")
+  if c.command == 'selfplay' and c.heldout.every_steps and not c.selfplay.exclude:
+    raise ConfigError('heldout.every_steps > 0 scores programs that self-play must not meet: set '
+                      "selfplay.exclude='heldout'.")
   if c.roles.solve == 'base':
     raise ConfigError("roles.solve='base' would leave nothing to train; allowed: 'policy'.")
 
@@ -514,10 +536,13 @@ _CHECKS = {
     'selfplay.eviction': _one_of('ring', 'reservoir'),
     'selfplay.format_rule': _one_of('', 'strict', 'azr'),
     'selfplay.mc_use': _one_of('measure', 'train', 'reuse'),
+    'selfplay.solve_samples': _at_least(1),
+    'selfplay.probes': _between(0, 8),
     'selfplay.updates': _at_least(1),
     'selfplay.solver_only_steps': _at_least(0),
     'selfplay.keep': _one_of('all', 'non_one', 'non_extremes'),
     'seeding.tasks': _at_least(1),
+    'reward.seed': _between(0, 2**31 - 1),
     'seeding.clean': ((lambda x: set(x) <= {'comments', 'globals', 'prints'}),
                       "some of 'comments', 'globals', 'prints'"),
     'seeding.patience': _at_least(1),
@@ -551,6 +576,7 @@ _CHECKS = {
     'optimizer.accumulate_dtype': _DTYPE,
     'optimizer.decay': _one_of('all', 'matrices'),
     'train.steps': _at_least(1),
+    'train.minutes': _at_least(0),
     'train.micro_batch_tokens': _at_least(1),
     'pretrain.batch': _at_least(1),
     'pretrain.line_tokens': _at_least(64),
@@ -567,6 +593,9 @@ _CHECKS = {
     'heldout.parts': ((lambda x: bool(x) and set(x) <= {'same', 'deeper'}),
                       "'same', 'deeper' or both"),
     'heldout.samples': _at_least(0),
+    'heldout.kinds': ((lambda x: bool(x) and set(x) <= {'deduction', 'abduction', 'induction'}),
+                      "some of 'deduction', 'abduction', 'induction'"),
+    'heldout.every_steps': _at_least(0),
     'lora.rank': _at_least(0),
     'lora.targets': ((lambda x: len(x) > 0), 'one or more names of projections'),
     'lora.alpha': _above(0),

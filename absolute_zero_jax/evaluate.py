@@ -10,6 +10,7 @@ per item are kept in items.jsonl, so that two models can be compared item by ite
 
 from collections.abc import Callable, Sequence
 import contextlib
+import functools
 import json
 import math
 import os
@@ -23,18 +24,21 @@ from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import grammar, metrics, parts, selfplay, sharding
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax import tokenizer as tokenizer_lib
-from absolute_zero_jax import train as train_lib
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Role, Task
 
 # Of one item: the greedy answer's accuracy; the share of right samples, and whether one is right;
 # nats per drawn token; and means over the samples of length, form, and thinking.
 QUANTITIES = ('greedy', 'sampled', 'pass', 'entropy', 'tokens', 'thinks', 'formed')
+ACCURACIES = ('greedy', 'sampled', 'pass')
 _RESAMPLES = 2000
 
 
 def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) -> dict[str, Any]:
   """Evaluates `model.name`; writes results.json and items.jsonl to `workdir`, returns the results.
+
+  With `heldout.base` that model is scored too (base_items.jsonl), and the results hold its scores
+  and the paired gains over it.
 
   Raises:
     ValueError: a config that cannot work, a model that cannot be loaded.
@@ -42,41 +46,65 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   config_lib.validate(c)
   workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
   console = metrics.Console(stream)
-  train_lib.use_compilation_cache()
+  parts.use_compilation_cache()
+  prompts = prompts_lib.load(c.selfplay.prompts, c.selfplay.wrapper, c.selfplay.format_rule)
   with contextlib.closing(parts.executor(c)) as executor:
-    mesh = sharding.make_mesh(**c.mesh.to_dict())
-    model, params, source = parts.model(c, jax.random.key(c.seed), mesh)
-    tokenizer = tokenizer_lib.load(c.model.tokenizer or source)
-    tokenizer.check(model.vocab)
-    sampler = parts.sampler(c, model, mesh, tokenizer)
-
-    def generate(requests, temperature, stop_fn, on_finish):
-      key = jax.random.fold_in(jax.random.key(c.seed), round(1000 * temperature))
-      return sampler.generate(params, requests, key, temperature=temperature, stop_fn=stop_fn,
-                              on_finish=on_finish)
-    tools = selfplay.Tools(
-        kinds=parts.kinds(c), tokenizer=tokenizer, sample=None, submit=executor.submit,
-        prompts=prompts_lib.load(c.selfplay.prompts, c.selfplay.wrapper, c.selfplay.format_rule),
-        rewards=None)
-    items = []
-    for part in c.heldout.parts:
-      tasks = held_out_tasks(c.heldout.seed, c.heldout.count, part,
-                             kinds=[k.name for k in tools.kinds],
-                             cases=c.selfplay.induction_cases)
-      items += score(tasks, tools, generate, samples=c.heldout.samples,
-                     limit=c.sampler.max_solve_tokens, part=part)
-      console.stamp(f'{part}: {len(tasks)} items answered')
-  results = {'model': c.model.name, 'seed': c.heldout.seed, 'prompts': tools.prompts.hash,
+    tools = selfplay.Tools(kinds=(), tokenizer=None, sample=None, submit=executor.submit,
+                           prompts=prompts, rewards=None)
+    items, base = _loaded(c, tools, console), None
+    if c.heldout.base:
+      other = c.copy_and_resolve_references()
+      other.model.name = c.heldout.base
+      base = _loaded(other, tools, console)
+  results = {'model': c.model.name, 'seed': c.heldout.seed, 'prompts': prompts.hash,
              'scores': summarize(items)}
   workdir.mkdir(parents=True, exist_ok=True)
-  metrics.write_atomically(workdir / 'results.json', json.dumps(results, indent=1))
-  metrics.write_atomically(workdir / 'items.jsonl', '\n'.join(map(json.dumps, items)) + '\n')
+  write_items(workdir / 'items.jsonl', items)
   console.line(table(results['scores']))
+  if base is not None:
+    write_items(workdir / 'base_items.jsonl', base)
+    results |= {'base': c.heldout.base, 'base_scores': summarize(base),
+                'gains': compare(base, items)}
+    console.line(f'\n{gains_table(base, items, (c.heldout.base, c.model.name))}')
+  metrics.write_atomically(workdir / 'results.json', json.dumps(results, indent=1))
   return results
 
 
-def held_out_tasks(seed: int, count: int, part: str, *, kinds: Sequence[str],
-                   cases: int = 6) -> list[Task]:
+def _loaded(c, tools, console) -> list[dict[str, Any]]:
+  """The items of `model.name`."""
+  mesh = sharding.make_mesh(**c.mesh.to_dict())
+  model, params, source = parts.model(c, jax.random.key(c.seed), mesh)
+  tokenizer = tokenizer_lib.load(c.model.tokenizer or source)
+  tokenizer.check(model.vocab)
+  sampler = parts.sampler(c, model, mesh, tokenizer)
+  return measure(c, tools._replace(tokenizer=tokenizer), sampler, params,
+                 say=lambda text: console.stamp(f'{c.model.name}: {text}'))
+
+
+def measure(c: config_lib.ConfigDict, tools: selfplay.Tools, sampler: sampler_lib.Sampler,
+            params: Any, *, say: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+  """The items of all parts and kinds that `c.heldout` asks for, answered by `params`.
+
+  Draws from `heldout.seed` alone, so models scored alike meet the same tasks and the same noise.
+  """
+  def generate(requests, temperature, stop_fn, on_finish):
+    key = jax.random.fold_in(jax.random.key(c.heldout.seed), round(1000 * temperature))
+    return sampler.generate(params, requests, key, temperature=temperature, stop_fn=stop_fn,
+                            on_finish=on_finish)
+  tools = tools._replace(kinds=parts.kinds(c, c.heldout.kinds))
+  items = []
+  for part in c.heldout.parts:
+    tasks = held_out_tasks(c.heldout.seed, c.heldout.count, part, kinds=tuple(c.heldout.kinds),
+                           cases=c.selfplay.induction_cases)
+    items += score(tasks, tools, generate, samples=c.heldout.samples,
+                   limit=c.sampler.max_solve_tokens, part=part)
+    say(f'{part}: {len(tasks)} items answered')
+  return items
+
+
+@functools.lru_cache(maxsize=8)
+def held_out_tasks(seed: int, count: int, part: str, *, kinds: tuple[str, ...],
+                   cases: int = 6) -> tuple[Task, ...]:
   """One task of each kind from each held-out program; kinds in order."""
   examples = grammar.test_set(seed, count, part, cases=cases)
   out = []
@@ -85,7 +113,7 @@ def held_out_tasks(seed: int, count: int, part: str, *, kinds: Sequence[str],
     for e in examples:
       pairs = tuple(zip(e.inputs, e.outputs))[:cases if many else 1]
       out.append(Task(kind, e.program, pairs, shown=cases // 2 if many else 0, key=e.key))
-  return out
+  return tuple(out)
 
 
 def score(tasks: Sequence[Task], tools: selfplay.Tools, generate: Callable[..., Any], *,
@@ -168,6 +196,44 @@ def table(scores: dict[str, dict[str, list[float]]]) -> str:
     return f'{100 * x[0]:.1f} ±{50 * (x[2] - x[1]):.1f}'
   return metrics.table(['part/kind', *names], [
       [row, *(cell(name, x) for name, x in s.items())] for row, s in scores.items()])
+
+
+def gains_table(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]],
+                names: Sequence[str] = ('before', 'after')) -> str:
+  """Both scores in percent, and their paired difference with its 95 % interval."""
+  old, new = summarize(before), summarize(after)
+  rows = []
+  for part, changes in compare(before, after).items():
+    for name in (n for n in changes if n.partition('@')[0] in ACCURACIES):
+      mean, low, high = (100 * x for x in changes[name])
+      rows.append([f'{part} {name}', *(f'{100 * s[part][name][0]:.1f}' for s in (old, new)),
+                   f'{mean:+.1f}', f'{low:+.1f} to {high:+.1f}'])
+  return metrics.table(['held out, %', *names, 'change', '95 % interval'], rows)
+
+
+def line(scores: dict[str, dict[str, list[float]]]) -> str:
+  """The means over the kinds on one line."""
+  return '; '.join(
+      f'{row.removesuffix("/mean")} ' + ', '.join(
+          f'{name} {100 * x[0]:.1f} %' for name, x in s.items()
+          if name.partition('@')[0] in ACCURACIES)
+      for row, s in scores.items() if row.endswith('/mean'))
+
+
+def scalars(scores: dict[str, dict[str, list[float]]]) -> dict[str, float]:
+  """'heldout/PART/KIND/QUANTITY', with the ends of its interval under '..._low' and '..._high'."""
+  return {f'heldout/{row}/{name}{end}': x for row, s in scores.items() for name, values in s.items()
+          for end, x in zip(('', '_low', '_high'), values)}
+
+
+def write_items(path: epath.Path, items: Sequence[dict[str, Any]]) -> None:
+  """One line of JSON per item."""
+  metrics.write_atomically(path, '\n'.join(map(json.dumps, items)) + '\n')
+
+
+def read_items(path: epath.Path) -> list[dict[str, Any]]:
+  """What `write_items` wrote."""
+  return [json.loads(text) for text in path.read_text().splitlines()]
 
 
 def _answers(tasks, count, temperature, tools, generate, limit):

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the names of a config become the objects of a run; each function reads its own sections."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import os
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from absolute_zero_jax import config as config_lib
+from absolute_zero_jax import controls, grammar, lora, reinforce, sharding, tasks
 from absolute_zero_jax import executor as executor_lib
-from absolute_zero_jax import grammar, lora, reinforce, sharding, tasks
 from absolute_zero_jax import learner as learner_lib
-from absolute_zero_jax import rewards as rewards_lib
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax.models import decoder, hub, loading
 from absolute_zero_jax.tasks import composite, program
@@ -24,9 +25,23 @@ _ALGORITHM = ('name', 'whiten_by', 'whiten_count', 'aggregation', 'aggregation_r
               'importance', 'importance_cap')
 
 
-def kinds(c: ConfigDict) -> list[tasks.Kind]:
-  """The task kinds, each made with those of `selfplay.kind_options` that it knows."""
-  options = c.selfplay.kind_options.to_dict()
+def use_compilation_cache(path: str | os.PathLike = '') -> None:
+  """Keeps compiled programs on disk, so that the next start compiles nothing it knows.
+
+  Default place: $AZJ_CACHE_DIR/xla, else ~/.cache/absolute_zero_jax/xla.
+  """
+  root = os.environ.get('AZJ_CACHE_DIR') or pathlib.Path(
+      os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'absolute_zero_jax'
+  jax.config.update('jax_compilation_cache_dir', str(path or pathlib.Path(root) / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def kinds(c: ConfigDict, names: Sequence[str] = ()) -> list[tasks.Kind]:
+  """The task kinds, each made with those of `selfplay.kind_options` that it knows.
+
+  `names` replaces `selfplay.kinds`.
+  """
+  options = {'probes': c.selfplay.probes} | c.selfplay.kind_options.to_dict()
   rules = options.pop('rules', {})
   if rules.get('banned_words') == 'azr':
     rules['banned_words'] = program.AZR_BANNED_WORDS
@@ -39,12 +54,12 @@ def kinds(c: ConfigDict) -> list[tasks.Kind]:
     raise config_lib.ConfigError(f'selfplay.kind_options: {e}; the fields are those of tasks.Rules '
                                  'and tasks.composite.Schedule.') from e
   return [tasks.get(name, cases=c.selfplay.induction_cases, score=c.reward.induction, **options)
-          for name in c.selfplay.kinds]
+          for name in names or c.selfplay.kinds]
 
 
 def rewards(c: ConfigDict) -> Any:
   """What attempts are worth."""
-  make = config_lib.load_object(c.reward.name, {'azr': rewards_lib.get}, 'reward.name')
+  make = config_lib.load_object(c.reward.name, controls.REWARDS, 'reward.name')
   return make(**{k: v for k, v in c.reward.to_dict().items() if k != 'name'})
 
 
@@ -59,7 +74,8 @@ def excludes(c: ConfigDict) -> Callable[[Task], bool]:
 def algorithm(c: ConfigDict) -> Any:
   """Advantages and losses; solvers whose prompts have several answers get prompt baselines."""
   estimators = c.algorithm.role_estimators.to_dict()
-  if c.selfplay.mc_use != 'measure' and c.algorithm.name == 'trr_plus_plus':
+  groups = c.selfplay.mc_use != 'measure' or c.selfplay.solve_samples > 1
+  if groups and c.algorithm.name == 'trr_plus_plus':
     estimators = {'solve': 'trr_prompt'} | estimators
   return reinforce.get(
       **{k: c.algorithm[k] for k in _ALGORITHM}, role_estimators=tuple(estimators.items()),

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from absolute_zero_jax import checkpoint, documents, logprobs, metrics, optimizer
+from absolute_zero_jax import checkpoint, documents, logprobs, metrics, optimizer, parts
 from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import learner as learner_lib
 from absolute_zero_jax import tokenizer as tokenizer_lib
@@ -45,7 +45,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   config_lib.validate(c)
   workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
   console = metrics.Console(stream)
-  train_lib.use_compilation_cache()
+  parts.use_compilation_cache()
   tokenizer = tokenizer_lib.load(c.model.tokenizer)
   model = loading.random_config(c.model.name)
   tokenizer.check(model.vocab)

@@ -38,6 +38,7 @@ class Rewards:
     intrinsic: {name in `INTRINSIC`: (coefficient, cap)}.
     hierarchical: how `answer_diversity` counts.
     combine: how intrinsic terms join learnability.
+    seed: read by `controls.Random` only.
   """
   format_penalty: float = -1.0
   wrong_penalty: float = -0.5
@@ -48,6 +49,7 @@ class Rewards:
   intrinsic: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
   hierarchical: bool = False
   combine: str = 'sum'
+  seed: int = 0
 
   def __post_init__(self):
     for what, allowed in (('learnability', LEARNABILITY), ('induction', INDUCTION),
@@ -87,13 +89,16 @@ class Rewards:
                     'format': float(well_formed)}
 
 
-def get(**options) -> Rewards:
-  """`Rewards` from the fields of a config section; an unknown field raises ValueError."""
+def get(made: type = Rewards, /, **options) -> Rewards:
+  """`Rewards`, or a class of its kind, from the fields of a config section.
+
+  An unknown field raises ValueError.
+  """
   known = [field.name for field in dataclasses.fields(Rewards)]
   unknown = sorted(set(options) - set(known))
   if unknown:
     raise ValueError(f'reward has no {unknown}; it has {known}.')
-  return Rewards(**options)
+  return made(**options)
 
 
 def learnability(rate: float, how: str = 'one_minus') -> float:

@@ -25,6 +25,7 @@ import numpy as np
 from absolute_zero_jax import buffer as buffer_lib
 from absolute_zero_jax import (
   checkpoint,
+  evaluate,
   lora,
   metrics,
   parts,
@@ -43,7 +44,7 @@ from absolute_zero_jax.types import Episode, Role
 
 _RULES = ('batch', 'mc_samples', 'references', 'solve_source', 'draw', 'recent_steps',
           'reference_draw', 'keep', 'refuse_duplicates', 'show_references', 'train_propose',
-          'mc_use', 'solver_only_steps')
+          'mc_use', 'solver_only_steps', 'solve_samples', 'refuse_independent')
 
 
 class Iteration(NamedTuple):
@@ -116,7 +117,10 @@ class Run:
     for kind in self.kinds:
       self.buffer.extend(kind.seeds())
     if fresh and c.selfplay.seeds:
-      found, tried = seeding.load(c.selfplay.seeds, self.kinds, self.executor.submit)
+      found, tried = (
+          seeding.of_grammar(c.seed, c.seeding.tasks, self.kinds, self.executor.submit,
+                             cases=c.selfplay.induction_cases) if c.selfplay.seeds == 'grammar'
+          else seeding.load(c.selfplay.seeds, self.kinds, self.executor.submit))
       self.buffer.extend(found)
       self._say(f'seeds: {len(found)} of {tried} tasks from {c.selfplay.seeds} passed validation')
     self.rules = selfplay.Rules(max_prompt_tokens=c.sampler.max_prompt_tokens,
@@ -166,6 +170,10 @@ class Run:
     timer.seconds['iteration'] = time.perf_counter() - start
     self.step = step
     return Iteration(step, result, episodes, numbers | self._metrics(updates, timer, before))
+
+  def score(self) -> list[dict[str, Any]]:
+    """The policy's items on the held-out programs, see `evaluate.measure`; changes nothing."""
+    return evaluate.measure(self.c, self.tools, self.sampler, self.policy())
 
   def make_seeds(self, folder: epath.PathLike) -> dict[str, int]:
     """Lets the policy propose `seeding.tasks` seed tasks and writes them; tasks by file name.

@@ -10,13 +10,14 @@ in the reference's schema; see `tasks.seed_files`.
 from collections.abc import Callable, Sequence
 from concurrent import futures
 import dataclasses
+import random
 from typing import Any
 
 from etils import epath
 import numpy as np
 
 from absolute_zero_jax import buffer as buffer_lib
-from absolute_zero_jax import selfplay
+from absolute_zero_jax import grammar, selfplay
 from absolute_zero_jax.tasks import program, seed_files
 from absolute_zero_jax.types import Job, Task
 
@@ -40,8 +41,27 @@ def load(path: epath.PathLike, kinds: Sequence[Any], submit: Callable[[Job], fut
   if not files or not path.exists():
     raise ValueError(f'selfplay.seeds={str(path)!r} is no .jsonl file and no folder of them.')
   by_name = {kind.name: kind for kind in kinds}
-  todo = [(by_name[name], proposal) for file in files for proposal in seed_files.read(file)
-          for name in seed_files.kinds_of(proposal) if name in by_name]
+  return _validated([(by_name[name], proposal) for file in files
+                     for proposal in seed_files.read(file)
+                     for name in seed_files.kinds_of(proposal) if name in by_name], submit)
+
+
+def of_grammar(seed: int, count: int, kinds: Sequence[Any],
+               submit: Callable[[Job], futures.Future], *, cases: int = 6,
+               ) -> tuple[list[Task], int]:
+  """`load` for `count` generated programs per kind, none of them on the test side of `grammar`."""
+  rng = random.Random(f'seed tasks {seed}')
+  todo = []
+  for kind in kinds:
+    many = kind.name == 'induction'
+    for made in (grammar.example(rng, cases=cases) for _ in range(count)):
+      todo.append((kind, program.Proposal(made.program, made.inputs[:cases if many else 1],
+                                          'none' if many else '')))
+  return _validated(todo, submit)
+
+
+def _validated(todo: Sequence[tuple[Any, program.Proposal]],
+               submit: Callable[[Job], futures.Future]) -> tuple[list[Task], int]:
   jobs = [[submit(job) for job in kind.validation_jobs(proposal)] for kind, proposal in todo]
   found = [kind.to_task(proposal, [future.result() for future in pending], 0)
            for (kind, proposal), pending in zip(todo, jobs)]

@@ -17,6 +17,7 @@ import collections
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +47,8 @@ class Rules:
   mc_use: str
   max_prompt_tokens: int
   solver_only_steps: int = 0
+  solve_samples: int = 1
+  refuse_independent: bool = False
   # A verdict later than this is a broken executor, not a slow program.
   deadline_s: float = 600.0
 
@@ -72,6 +75,7 @@ class Attempt:
   group: str
   references: tuple[Task, ...] = ()
   task: Task | None = None
+  place: int = 0                                    # among the responses of one sampler call
   status: str = 'format'
   parsed: Any = None
   answer: str = ''
@@ -104,7 +108,7 @@ def iterate(step: int, buffer: buffer_lib.TaskBuffer, tools: Tools, rules: Rules
     name: of this play in the names of groups; '' takes the step.
   """
   name, source = name or str(step), buffer if source is None else source
-  counts = buffer.counts()
+  seen = buffer.counts()
   proposals = []
   if step > rules.solver_only_steps:
     with timer('propose'):
@@ -126,8 +130,8 @@ def iterate(step: int, buffer: buffer_lib.TaskBuffer, tools: Tools, rules: Rules
   # Measuring and solving share one sampler call wherever the tasks to solve are known by now.
   asked = new + (drawn or [])
   with timer('solve'):
-    answers = answer(asked, [rules.mc_samples] * len(new) + [1] * (len(asked) - len(new)), name,
-                     tools, rules, timer=timer)
+    counts = [rules.mc_samples] * len(new) + [rules.solve_samples] * (len(asked) - len(new))
+    answers = answer(asked, counts, name, tools, rules, timer=timer)
   measured, solved = answers[:len(new)], answers[len(new):]
   _set_solve_rates(proposals, measured)
   if rules.keep != 'all':
@@ -137,10 +141,10 @@ def iterate(step: int, buffer: buffer_lib.TaskBuffer, tools: Tools, rules: Rules
     if drawn is None:
       drawn = draw_tasks(step, buffer, tools, rules, rng)
       with timer('solve'):
-        solved = answer(drawn, [1] * len(drawn), name, tools, rules, timer=timer)
+        solved = answer(drawn, [rules.solve_samples] * len(drawn), name, tools, rules, timer=timer)
 
   with timer('reward'):
-    episodes = [_episode(a, step, tools.rewards.propose(a, counts), train=rules.train_propose)
+    episodes = [_episode(a, step, tools.rewards.propose(a, seen), train=rules.train_propose)
                 for a in proposals]
     episodes += [_episode(a, step, tools.rewards.solve(a), train=True) for g in solved for a in g]
     episodes += [_episode(a, step, tools.rewards.solve(a), train=rules.mc_use != 'measure')
@@ -178,7 +182,8 @@ def propose(step: int, buffer, tools: Tools, rules: Rules, rng: np.random.Genera
     for i, (kind, references, ids) in enumerate(asked):
       text, well_formed, parsed, jobs = pending[i]
       attempt = Attempt(Role.PROPOSE, kind, _turn(ids, samples[i][0], text),
-                        group=f'{name}/propose/{kind.name}/{i}', references=tuple(references),
+                        group=f'{name}/propose/{kind.name}/{i}', place=i,
+                        references=tuple(references),
                         parsed=parsed, well_formed=well_formed)
       if isinstance(parsed, str):
         attempt.status = parsed
@@ -187,6 +192,8 @@ def propose(step: int, buffer, tools: Tools, rules: Rules, rng: np.random.Genera
         task = kind.to_task(parsed, attempt.verdicts, step)
         attempt.status = task if isinstance(task, str) else 'ok'
         attempt.task = None if isinstance(task, str) else task
+      if attempt.task is not None and attempt.task.independent and rules.refuse_independent:
+        attempt.status, attempt.task = 'independent', None
       if attempt.task is not None and tools.excludes(attempt.task):
         attempt.status, attempt.task = 'excluded', None
       if attempt.task is not None and rules.refuse_duplicates:
@@ -228,15 +235,15 @@ def answer(tasks: Sequence[Task], counts: Sequence[int], name: str, tools: Tools
   with timer('decode'):
     samples = tools.sample(Role.SOLVE, prompt_ids, list(counts),
                            _stop_fn(tools, Role.SOLVE, [t.kind for t in tasks]), on_finish)
-  out = []
+  out, places = [], itertools.count()
   with timer('wait'):
     for i, task in enumerate(tasks):
       group = []
       for n, sample in enumerate(samples[i]):
         text, well_formed, parsed, jobs = pending[i, n]
         attempt = Attempt(Role.SOLVE, kinds[task.kind], _turn(prompt_ids[i], sample, text),
-                          group=f'{name}/solve/{task.kind}/{task.key}', task=task, parsed=parsed,
-                          well_formed=well_formed)
+                          group=f'{name}/solve/{task.kind}/{task.key}', place=next(places),
+                          task=task, parsed=parsed, well_formed=well_formed)
         if parsed is not None:
           attempt.verdicts = tuple(_result(f, rules) for f in jobs)
           attempt.answer = parsed

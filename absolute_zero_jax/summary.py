@@ -39,6 +39,8 @@ def scalars(result, *, flag_words: Sequence[str] = ()) -> dict[str, float]:
         'reward': np.mean(rewards), 'reward_min': min(rewards), 'reward_max': max(rewards),
         'reward_std': np.std(rewards)})
   out |= _gaps(out)
+  if result.proposals:
+    out['propose/independent_share'] = float(np.mean([_independent(a) for a in result.proposals]))
   rates = [a.solve_rate for a in result.proposals if a.solve_rate is not None]
   if rates:
     edges = np.linspace(0, 1, 9)
@@ -66,12 +68,18 @@ def _proposals(attempts: Sequence) -> dict[str, float]:
   valid = [a for a in attempts if a.status == 'ok']
   out = {'valid_rate': len(valid) / len(attempts),
          'well_formed_rate': np.mean([a.well_formed for a in attempts]),
+         'independent_share': np.mean([_independent(a) for a in attempts]),
          'reflection_share': np.mean([task_metrics.reflects(a.turn.text) for a in attempts])}
   rates = [a.solve_rate for a in valid if a.solve_rate is not None]
   if rates:
     out['solve_rate'] = np.mean(rates)
     out['learnability'] = np.mean([1 - r if r else 0.0 for r in rates])
   return out | task_metrics.task_metrics([a.task for a in valid], [a.references for a in valid])
+
+
+def _independent(attempt) -> bool:
+  """Whether a proposal ran and its output was found not to depend on its input, refused or not."""
+  return attempt.task.independent if attempt.task else attempt.status == 'independent'
 
 
 def _answers(attempts: Sequence) -> dict[str, float]:
@@ -160,7 +168,7 @@ def step_line(step: int, steps: int, scalars: Mapping[str, float], kinds: Sequen
 
 def time_line(history: Sequence[Mapping[str, float]]) -> str:
   """Where the time went, as shares of all iterations, largest first."""
-  total = sum(h['time/iteration'] for h in history)
+  total = sum(h['time/iteration'] + h.get('time/heldout', 0) for h in history)
   phases = collections.Counter()
   for h in history:
     for name, seconds in h.items():

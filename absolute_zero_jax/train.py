@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: play, log, save, until `train.steps`; the command line calls `run`.
+"""The training loop: play, score, log, save, until `train.steps`; the command line calls `run`.
 
 A killed run continues from its newest checkpoint; what it had written about later iterations is
 written again, with the same content.
@@ -7,17 +7,18 @@ written again, with the same content.
 
 import contextlib
 import errno
+import math
 import os
-import pathlib
 import shutil
 import signal
 import tempfile
 import time
+from typing import Any
 
 from etils import epath
 import jax
 
-from absolute_zero_jax import checkpoint, metrics, records, summary
+from absolute_zero_jax import checkpoint, evaluate, metrics, parts, records, report, summary
 from absolute_zero_jax import config as config_lib
 from absolute_zero_jax.run import Run
 
@@ -30,14 +31,16 @@ FREE_FIELDS = ('train', 'log', 'checkpoint', 'mesh', 'executor.workers',
 def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) -> Run:
   """Trains until `train.steps`, continuing what `workdir` holds; returns the finished `Run`.
 
-  Writes config.json, checkpoints/, tensorboard/, metrics.jsonl, episodes/ and, at the end, export/.
+  Writes config.json, checkpoints/, tensorboard/, metrics.jsonl, episodes/ and, at the end, export/;
+  with `heldout.every_steps` also heldout/. `train.minutes` may end it earlier, in the same way.
   With `command='seed'` it trains nothing and writes seeds/ instead.
   """
   config_lib.validate(c)
   # Orbax wants absolute paths; a URL is one.
   workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
   console = metrics.Console(stream)
-  use_compilation_cache()
+  budget = _Budget(c.train.minutes)
+  parts.use_compilation_cache()
   with contextlib.ExitStack() as stack:
     checkpoints = checkpoint.Checkpoints(workdir, keep=c.checkpoint.keep)
     stack.callback(checkpoints.close)
@@ -53,15 +56,26 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     if latest is not None:
       current.restore(checkpoints, latest)
       console.stamp(f'continues after iteration {latest} of {c.train.steps}')
-    writer = metrics.Writer(workdir, current.step + 1)
+    # Row 0 is the base's score.
+    writer = metrics.Writer(workdir, current.step + (latest is not None))
     stack.callback(writer.close)
     stack.enter_context(_terminate_as_interrupt())
     history = metrics.read_history(workdir, current.step)
     if current.step < c.train.steps:
       console.stamp('plays; the first iteration also compiles, which a second start need not')
-    while current.step < c.train.steps:
-      history.append(_one_step(current, workdir, writer, console, checkpoints))
+    if latest is None and c.heldout.every_steps:
+      scores = _score(current, workdir, console, budget)
+      history.append({'step': 0} | scores)
+      writer.scalars(0, scores)
+      writer.flush()
+    more = current.step < c.train.steps
+    while more:
+      row, more = _one_step(current, workdir, writer, console, checkpoints, budget)
+      history.append({'step': current.step} | row)
     checkpoints.wait()
+    if current.step < c.train.steps:
+      console.stamp(f'train.minutes={c.train.minutes:g} are over after iteration {current.step}; '
+                    'the same command plays on for as long')
     if c.checkpoint.export:
       _export(current, workdir / 'export')
     _print_summary(current, workdir, history, console)
@@ -76,25 +90,39 @@ def _seed(current: Run, folder: epath.Path, console) -> None:
   console.line(f'Play on from them with --config.selfplay.seeds={folder}')
 
 
-def use_compilation_cache(path: str | os.PathLike = '') -> None:
-  """Keeps compiled programs on disk, so that the next start compiles nothing it knows.
+class _Budget:
+  """`train.minutes` from now on: whether one more iteration fits in, and a scoring after it."""
 
-  Default place: $AZJ_CACHE_DIR/xla, else ~/.cache/absolute_zero_jax/xla.
-  """
-  root = os.environ.get('AZJ_CACHE_DIR') or pathlib.Path(
-      os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'absolute_zero_jax'
-  jax.config.update('jax_compilation_cache_dir', str(path or pathlib.Path(root) / 'xla'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  def __init__(self, minutes: float):
+    self._end = time.perf_counter() + 60 * minutes if minutes else math.inf
+    self.score_s = 0.0                # of the latest scoring
+
+  def allows(self, iteration_s: float, scorings: int) -> bool:
+    return time.perf_counter() + iteration_s + scorings * self.score_s < self._end
 
 
-def _one_step(current: Run, workdir, writer, console, checkpoints) -> dict[str, float]:
-  """One iteration with everything a run writes about it; returns its metrics."""
+def _score(current: Run, workdir, console, budget: _Budget) -> dict[str, float]:
+  """Scores the policy on the held-out programs; writes all items, returns the scalars."""
+  start = time.perf_counter()
+  items = current.score()
+  folder = workdir / 'heldout'
+  folder.mkdir(parents=True, exist_ok=True)
+  evaluate.write_items(folder / f'{current.step:06d}.jsonl', items)
+  budget.score_s = time.perf_counter() - start
+  scores = evaluate.summarize(items)
+  console.stamp(f'held out, iteration {current.step}: {evaluate.line(scores)}')
+  return evaluate.scalars(scores) | {'time/heldout': budget.score_s}
+
+
+def _one_step(current: Run, workdir, writer, console, checkpoints,
+              budget: _Budget) -> tuple[dict[str, Any], bool]:
+  """One iteration with everything a run writes about it: its metrics, and whether to go on."""
   c, step = current.c, current.step + 1
   shown = 0
 
   def on_proposal(attempt):
     nonlocal shown
-    if attempt.status == 'ok' and shown < c.log.samples:
+    if attempt.status == 'ok' and shown < c.log.samples and step % c.log.every_steps == 0:
       shown += 1
       console.stamp(_proposal_text(attempt))
 
@@ -102,6 +130,11 @@ def _one_step(current: Run, workdir, writer, console, checkpoints) -> dict[str, 
            else contextlib.nullcontext())
   with trace:
     it = current.iterate(on_proposal)
+  every = c.heldout.every_steps
+  scores = bool(every) and step % every == 0
+  more = step < c.train.steps and budget.allows(it.metrics['time/iteration'], scores + bool(every))
+  if scores or every and not more:
+    it.metrics.update(_score(current, workdir, console, budget))
   # What is logged comes first: a checkpoint promises that its iterations are on disk. So an
   # iteration's time to save is that of the checkpoint before it.
   it.metrics['time/save'] = current.save_s
@@ -112,14 +145,14 @@ def _one_step(current: Run, workdir, writer, console, checkpoints) -> dict[str, 
     writer.text(step, name, text)
   writer.flush()
   start = time.perf_counter()
-  if step % c.checkpoint.every_steps == 0 or step == c.train.steps:
+  if step % c.checkpoint.every_steps == 0 or not more:
     _check_space(workdir, current.arrays())
     checkpoints.save(step, current.arrays(), current.host_state())
   current.save_s = time.perf_counter() - start
   if step % c.log.every_steps == 0:
     console.stamp(summary.step_line(step, c.train.steps, it.metrics,
                                     [k.name for k in current.kinds]))
-  return it.metrics
+  return it.metrics, more
 
 
 def _export(current: Run, path: epath.Path) -> None:
@@ -137,6 +170,9 @@ def _export(current: Run, path: epath.Path) -> None:
 
 def _print_summary(current: Run, workdir, history, console) -> None:
   console.line('')
+  if current.c.heldout.every_steps:
+    console.line(report.write(workdir, history) + '\n')
+  history = [h for h in history if h['step']]
   console.line(f'{len(history)} iterations; means over all of them:')
   console.line(summary.final_table(history, [k.name for k in current.kinds]))
   console.line(f'time: {summary.time_line(history)}')

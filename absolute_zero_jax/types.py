@@ -44,7 +44,8 @@ class Task:
     shown: induction only: how many leading cases the solver sees; the rest score it.
     born_step: iteration that proposed it; 0 for seeds.
     key: hash of the normalised program and its inputs; equal keys are duplicates.
-    extra: anything a user's own kind needs; must be JSON-serialisable.
+    extra: anything a user's own kind needs; must be JSON-serialisable. 'independent': True says
+      that the output was found not to depend on the input (`tasks.probes`).
   """
   kind: str
   program: str
@@ -62,6 +63,10 @@ class Task:
   @property
   def output(self) -> str:
     return self.cases[0][1]
+
+  @property
+  def independent(self) -> bool:
+    return bool(self.extra.get('independent'))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import statistics
 
 import numpy as np
 
-from absolute_zero_jax import metrics, run, selfplay, train
+from absolute_zero_jax import metrics, parts, run, selfplay
 
 USES = ('measure', 'train', 'reuse')
 _ROUNDS = 20      # of proposals for the probe
@@ -28,7 +28,7 @@ _ROUNDS = 20      # of proposals for the probe
 
 def main() -> None:
   flags = _flags()
-  train.use_compilation_cache()
+  parts.use_compilation_cache()
   results, probe = {use: [] for use in flags.uses}, []
   for seed in flags.seeds:
     for use in flags.uses:

@@ -1,22 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-play of the small model that `configs/tiny_pretrain.py` makes.
+"""Self-play of the carried model, scored on held-out programs before, on the way and after.
 
-python -m absolute_zero_jax.main --config configs/tiny.py --workdir runs/tiny \
-    --config.model.name=runs/tiny_base/export
+python -m absolute_zero_jax.main --config configs/tiny.py --workdir runs/tiny
 
-Score base and result with `configs/tiny_eval.py`. Hardware: 2 CPU cores. Time and result: not yet
-run.
+Hardware: 2 CPU cores; ends after 9 minutes, --config.train.minutes=60 is the long run. A control:
+configs/tiny.py:control=NAME. What came out is in docs/learning.md.
 """
 
 from absolute_zero_jax import config as base
 
+# What a control changes. Each is scored on all kinds, whatever it plays.
+CONTROLS = {
+    'none': {},
+    'random_rewards': {'reward.name': 'random'},
+    'format_only': {'reward.name': 'format'},
+    'validity_only': {'reward.name': 'validity'},
+    'proposer_frozen': {'roles.propose': 'base', 'selfplay.train_propose': False},
+    # As many answers per iteration as valid proposals would get, to tasks that never change.
+    'solver_only': {'selfplay.seeds': 'grammar', 'seeding.tasks': 1000, 'selfplay.solve_samples': 8,
+                    'selfplay.solver_only_steps': 10**9},
+    'only_deduction': {'selfplay.kinds': ('deduction',), 'selfplay.batch': 96},
+    'only_abduction': {'selfplay.kinds': ('abduction',), 'selfplay.batch': 96},
+    # Its programs come from the other kinds, so it needs some to start with.
+    'only_induction': {'selfplay.kinds': ('induction',), 'selfplay.batch': 96,
+                       'selfplay.seeds': 'grammar', 'seeding.tasks': 1000},
+}
+
 
 def get_config(arg=None):
-  base.parse_arg(arg)
+  a = base.parse_arg(arg, control='none')
+  if a.control not in CONTROLS:
+    raise base.ConfigError(f'control={a.control!r} is unknown; allowed: {", ".join(CONTROLS)}.')
   c = base.get_config()
-  c.train.steps = 150
-  c.train.micro_batch_tokens = 8192
+  c.model.name = 'carried:tiny'
   c.model.remat = 'none'
+  c.train.steps = 2000
+  c.train.minutes = 9.0
+  c.train.micro_batch_tokens = 8192
+  c.train.pack = True
   c.selfplay.prompts = 'tiny'
   c.selfplay.batch = 32
   c.selfplay.mc_samples = 8
@@ -24,6 +45,7 @@ def get_config(arg=None):
   c.selfplay.references = 1
   c.selfplay.induction_cases = 6
   c.selfplay.exclude = 'heldout'
+  c.selfplay.refuse_independent = True
   c.sampler.slots = 128
   c.sampler.max_prompt_tokens = 256
   c.sampler.max_propose_tokens = 96
@@ -35,4 +57,10 @@ def get_config(arg=None):
   c.algorithm.skip_zero_rows = True
   c.optimizer.learning_rate = 1e-4
   c.checkpoint.every_steps = 25
+  c.heldout.every_steps = 25
+  c.heldout.count = 200
+  c.heldout.parts = ('same',)
+  c.log.every_steps = 5
+  c.log.samples = 1
+  c.update_from_flattened_dict(CONTROLS[a.control])
   return c

@@ -102,5 +102,6 @@ def test_the_metrics_of_a_run_are_documented():
       'summary.py', 'learner_metrics.py', 'tasks/metrics.py'))
   for name in ('valid_rate', 'learnability', 'comment_plan_share', 'distinct_answer_share',
                'reflection_share', 'flagged_share', 'truncated_share', 'diversity', 'branches',
-               'mismatch_abs', 'rows_without_advantage', 'solve_rate_share', 'learnable_share'):
+               'independent_share', 'mismatch_abs', 'rows_without_advantage', 'solve_rate_share',
+               'learnable_share'):
     assert name in source and name in text, name

@@ -171,6 +171,8 @@ def test_the_command_scores_a_model_directory(tmp_path):
   c.sampler.slots, c.sampler.max_solve_tokens, c.sampler.max_prompt_tokens = 8, 8, 256
   c.sampler.max_propose_tokens = 8
   c.heldout.count, c.heldout.samples, c.heldout.parts = 2, 2, ('same',)
+  (tmp_path / 'twin').symlink_to(tmp_path / 'model')
+  c.heldout.base = str(tmp_path / 'twin')
   text = io.StringIO()
   results = evaluate.run(c, tmp_path / 'out', stream=text)
   assert json.loads((tmp_path / 'out' / 'results.json').read_text()) == results
@@ -178,4 +180,9 @@ def test_the_command_scores_a_model_directory(tmp_path):
   assert 'same/induction' in text.getvalue()
   items = [json.loads(x) for x in (tmp_path / 'out' / 'items.jsonl').read_text().splitlines()]
   assert len(items) == 6
-  assert evaluate.compare(items, items)['same/mean']['greedy'] == [0, 0, 0]
+  # The same model twice: the same noise, so no gain at all, not in the samples either.
+  assert (tmp_path / 'out' / 'base_items.jsonl').read_text().splitlines() == [
+      json.dumps(i) for i in items]
+  assert all(v == [0, 0, 0] for row in results['gains'].values() for v in row.values())
+  assert results['model'].endswith('model') and results['base'].endswith('twin')
+  assert results['base_scores'] == results['scores'] and '+0.0 to +0.0' in text.getvalue()

@@ -55,6 +55,17 @@ def make_wheel(folder, data, member='tiny_model/tiny.gguf'):
     z.writestr(f'{info}/RECORD', '')
 
 
+def test_a_carried_model_has_a_name_of_its_own(tmp_path, monkeypatch):
+  monkeypatch.setattr(hub, 'CARRIED', tmp_path)
+  hub_folder(tmp_path / 'small')
+  (tmp_path / 'half').mkdir()
+  assert hub.resolve('carried:small') == tmp_path / 'small'
+  assert loading.load('carried:small')[2] == tmp_path / 'small'
+  for name in ('half', 'small/..', ''):
+    with pytest.raises(ValueError, match='it carries: small'):
+      hub.resolve(f'carried:{name}')
+
+
 def hub_folder(folder):
   """A whole model directory, as the hub client would leave it."""
   config = loading.random_config('random:llama')

@@ -9,7 +9,7 @@ import sys
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / 'absolute_zero_jax'
 _TOKENIZER = {'tokenizer', 'tokenizer_files', 'tokenizer_gguf', 'tokenizer_spec', 'tokenizer_spm'}
 _HOST = {'tasks', 'rewards', 'buffer', 'records', 'intrinsic', 'grammar', 'documents',
-         'lexicon'} | _TOKENIZER
+         'lexicon', 'controls'} | _TOKENIZER
 ALLOWED = {                              # room -> rooms it may import
     'types': set(), 'config': set(),
     'executor': {'types'},
@@ -30,7 +30,8 @@ ALLOWED = {                              # room -> rooms it may import
                 'packing', 'learner_metrics'},
     'metrics': set(), 'checkpoint': {'metrics'}, 'summary': {'metrics', 'types', 'tasks'},
     'selfplay': {'buffer', 'rewards', 'types'},
-    'seeding': {'buffer', 'selfplay', 'tasks', 'types'},
+    'seeding': {'buffer', 'selfplay', 'tasks', 'types', 'grammar'},
+    'controls': {'rewards'},
 }
 NO_JAX = {'types', 'config', 'executor', 'main'} | _HOST
 
@@ -68,7 +69,7 @@ def test_the_rooms_keep_their_doors():
 
 def test_every_file_belongs_to_a_known_room():
   rooms = {p.stem for p in PACKAGE.iterdir() if p.suffix == '.py' or (p / '__init__.py').exists()}
-  root = {'__init__', 'evaluate', 'main', 'parts', 'pretrain', 'run', 'train'}
+  root = {'__init__', 'evaluate', 'main', 'parts', 'pretrain', 'report', 'run', 'train'}
   assert rooms - root <= set(ALLOWED)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
+COMMANDS = re.findall(r'```bash\n(.*?)```', README, re.S)
 PYTHON = re.findall(r'```python\n(.*?)```', README, re.S)
 TINY = ("c.model.name = 'random:llama,vocab=259,embed=32,layers=2,heads=2,kv_heads=1,head_dim=16,"
         "ffn=64'\nc.model.tokenizer = 'bytes'")
@@ -53,8 +54,18 @@ def test_the_executor_alone(tmp_path):
 
 
 def test_the_test_command_is_what_ci_runs():
-  commands = re.findall(r'```bash\n(.*?)```', README, re.S)
-  assert commands[1].strip() in (ROOT / '.ci' / 'run').read_text()
+  (command,) = (c.strip() for c in COMMANDS if 'pytest' in c)
+  assert command in (ROOT / '.ci' / 'run').read_text()
+
+
+def test_every_run_sets_itself_up_and_the_first_needs_no_download():
+  runs = [c for c in COMMANDS if 'absolute_zero_jax.main' in c]
+  assert [re.search(r'--config (\S+)', c)[1] for c in runs] == [
+      'configs/tiny.py', 'configs/smollm2.py']
+  assert COMMANDS[0] == runs[0] and "'.[plot]'" in runs[0]
+  for command in runs:
+    assert len(command.strip().splitlines()) == 1 and command.startswith('python3 -m venv .venv')
+  assert "c.model.name = 'carried:" in (ROOT / 'configs' / 'tiny.py').read_text()
 
 
 def test_every_file_the_readme_names_exists():

@@ -295,3 +295,49 @@ def test_the_wrapper_and_the_format_test_are_a_matter_of_config(make):
     assert current.prompts.rule == 'azr'
   with run.Run(make(selfplay__wrapper='none')) as current:
     assert current.prompts.wrapper == 'none'
+
+
+HELDOUT = {'selfplay__exclude': 'heldout', 'heldout__every_steps': 2, 'heldout__count': 4,
+           'heldout__samples': 2, 'heldout__parts': ('same',), 'selfplay__induction_cases': 6}
+
+
+def _rows(workdir):
+  lines = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return {x['step']: {k: v for k, v in x.items() if k.startswith('heldout/')} for x in lines}
+
+
+def test_scoring_on_the_way_changes_nothing_and_resumes(make, tmp_path):
+  text = io.StringIO()
+
+  def play(name, **changes):
+    c = make(**HELDOUT | {'selfplay__kinds': ('deduction',), 'train__steps': 3} | changes)
+    c.checkpoint.every_steps = 3
+    return train.run(c, tmp_path / name, stream=text)
+  whole, without = play('whole'), play('without', heldout__every_steps=0)
+  # The clock ends the first part after an iteration, which it saves.
+  assert play('parts', train__minutes=1e-6).step == 1
+  assert 'are over after iteration 1;' in text.getvalue()
+  resumed = play('parts')
+  for other in (without, resumed):
+    assert other.host_state() == whole.host_state()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(other.state),
+                 jax.device_get(whole.state))
+  rows, again = _rows(tmp_path / 'whole'), _rows(tmp_path / 'parts')
+  # At the start, every two iterations, and at the end; the first part of the other ended after one.
+  assert {step for step, row in rows.items() if row} == {0, 2, 3}
+  assert {step for step, row in again.items() if row} == {0, 1, 2, 3}
+  assert all(again[step] == row for step, row in rows.items() if row)
+  last = rows[3]
+  for kind in ('deduction', 'abduction', 'induction', 'mean'):    # all kinds, whatever is played
+    for quantity in ('greedy', 'sampled', 'pass@2', 'tokens'):
+      name = f'heldout/same/{kind}/{quantity}'
+      assert last[f'{name}_low'] <= last[name] <= last[f'{name}_high']
+  assert 0 < last['heldout/same/mean/sampled'] <= last['heldout/same/mean/pass@2']
+  assert sorted(p.name for p in (tmp_path / 'whole' / 'heldout').iterdir()) == [
+      '000000.jsonl', '000002.jsonl', '000003.jsonl']
+  assert not any(_rows(tmp_path / 'without').values())
+
+
+def test_programs_that_are_scored_must_be_excluded(make):
+  with pytest.raises(config.ConfigError, match="selfplay.exclude='heldout'"):
+    config.validate(make(**HELDOUT | {'selfplay__exclude': ''}))

