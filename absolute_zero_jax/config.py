@@ -213,6 +213,7 @@ def get_config() -> ConfigDict:
   c.algorithm.skip_zero_rows = False
 
   c.optimizer = ConfigDict()
+  c.optimizer.name = 'adamw'          # or 'muon', for pre-training
   c.optimizer.learning_rate = 1e-6
   c.optimizer.warmup_steps = 0
   c.optimizer.schedule = 'constant'   # 'constant' or 'cosine' (to zero at train.steps)
@@ -234,6 +235,8 @@ def get_config() -> ConfigDict:
   c.train.micro_batch_tokens = 4096
   # Several short sequences in one row of a micro-batch.
   c.train.pack = False
+  # Answers to the same prompt hold it once; saves most where prompts are longer than answers.
+  c.train.share_prompts = False
 
   # LoRA adapters instead of full weights; rank 0 = off.
   c.lora = ConfigDict()
@@ -246,11 +249,12 @@ def get_config() -> ConfigDict:
   # One step: lines, and tokens of a line.
   c.pretrain.batch = 32
   c.pretrain.line_tokens = 256
-  c.pretrain.depths = (0, 1, 1, 1, 2, 2, 2, 3, 3)
-  c.pretrain.propose = 0.18
+  c.pretrain.depths = (0, 0, 1, 1, 1, 1, 2, 2, 2, 3)
+  c.pretrain.propose = 0.15
   c.pretrain.induce = 0.34
   c.pretrain.questions = 3
-  c.pretrain.think = 0.25
+  c.pretrain.think = 0.45
+  c.pretrain.think_prior = 0.25
   c.pretrain.prompt_weight = 0.2
   c.pretrain.references = 2
 
@@ -259,6 +263,7 @@ def get_config() -> ConfigDict:
   c.heldout.seed = 20261123
   # Programs per part ('same': depth as in pre-training; 'deeper').
   c.heldout.count = 1000
+  # Or the path of a .jsonl file in the format of CRUXEval.
   c.heldout.parts = ('same', 'deeper')
   # Answers at temperature 1 to each item, for their mean and for pass@n.
   c.heldout.samples = 8
@@ -564,6 +569,7 @@ _CHECKS = {
     'algorithm.mismatch_bound': _at_least(0),
     'algorithm.epochs': _at_least(1),
     'algorithm.mini_batches': _at_least(1),
+    'optimizer.name': _one_of('adamw', 'muon'),
     'optimizer.learning_rate': _at_least(0),
     'optimizer.warmup_steps': _at_least(0),
     'optimizer.schedule': _one_of('constant', 'cosine'),
@@ -586,12 +592,14 @@ _CHECKS = {
     'pretrain.induce': _between(0, 1),
     'pretrain.questions': _between(1, 6),
     'pretrain.think': _between(0, 1),
+    'pretrain.think_prior': _between(0, 1),
     'pretrain.prompt_weight': _between(0, 1),
     'pretrain.references': _at_least(0),
     'heldout.seed': _between(0, 2**31 - 1),
     'heldout.count': _at_least(1),
-    'heldout.parts': ((lambda x: bool(x) and set(x) <= {'same', 'deeper'}),
-                      "'same', 'deeper' or both"),
+    'heldout.parts': ((lambda x: bool(x) and all(
+        p in ('same', 'deeper') or str(p).endswith('.jsonl') for p in x)),
+                      "some of 'same', 'deeper', or paths of .jsonl files"),
     'heldout.samples': _at_least(0),
     'heldout.kinds': ((lambda x: bool(x) and set(x) <= {'deduction', 'abduction', 'induction'}),
                       "some of 'deduction', 'abduction', 'induction'"),

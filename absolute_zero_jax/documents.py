@@ -43,27 +43,36 @@ class Recipe:
     induce: share of the documents that solve inductions.
     questions: asked about each program, half deductions and half abductions.
     think: share of the answers that begin with thinking.
+    think_prior: how often a model that has learnt this begins with thinking when left free. The
+      first token of the answers that think is weighted for it, so that an ability may be taught
+      in many examples and yet be used seldom.
     prompt_weight: of a prompt's tokens as targets; those of a response count 1.
     max_think_lines: longer traces are left out.
     references: the most programs shown to a proposal.
     cases: pairs of an induction; the first half is shown.
   """
   depths: Sequence[int] = grammar.SHALLOW
-  propose: float = 0.18
+  propose: float = 0.15
   induce: float = 0.34
   questions: int = 3
-  think: float = 0.25
+  think: float = 0.45
+  think_prior: float = 0.25
   prompt_weight: float = 0.2
   max_think_lines: int = 16
   references: int = 2
   cases: int = 6
+
+  def think_weight(self) -> float:
+    """Weight of the first token of an answer that thinks, where one that does not has 1."""
+    share, prior = self.think, self.think_prior
+    return prior * (1 - share) / max(share * (1 - prior), 1e-9) if 0 < share < 1 else 1.0
 
 
 class Writer:
   """Documents of one prompt set and recipe; held-out programs never occur."""
 
   def __init__(self, prompts: prompts_lib.PromptSet, recipe: Recipe):
-    self._prompts, self._recipe = prompts, recipe
+    self._prompts, self.recipe = prompts, recipe
     self._kinds = {name: tasks.get(name, cases=recipe.cases)
                    for name in ('deduction', 'abduction', 'induction')}
 
@@ -71,12 +80,12 @@ class Writer:
     """(prompt, response) pairs that follow each other; an end token stands after each response."""
     example = self._example(rng)
     draw = rng.random()
-    if draw < self._recipe.propose:
+    if draw < self.recipe.propose:
       return [self._proposal(rng, example)]
-    if draw < self._recipe.propose + self._recipe.induce:
+    if draw < self.recipe.propose + self.recipe.induce:
       return [self._induction(rng, example)]
     out = []
-    for case in rng.sample(range(self._recipe.cases), self._recipe.questions):
+    for case in rng.sample(range(self.recipe.cases), self.recipe.questions):
       kind = rng.choice(('deduction', 'abduction'))
       prompt = self._kinds[kind].solve_prompt(_task(kind, example, case), self._prompts)
       # The program stands once, before the first question.
@@ -85,7 +94,7 @@ class Writer:
     return out
 
   def _example(self, rng):
-    return grammar.example(rng, self._recipe.depths, cases=self._recipe.cases)
+    return grammar.example(rng, self.recipe.depths, cases=self.recipe.cases)
 
   def _proposal(self, rng, example):
     kind = rng.choice(list(self._kinds))
@@ -93,30 +102,30 @@ class Writer:
       prompt = self._kinds[kind].propose_prompt([_task('deduction', example, 0)], self._prompts)
       return prompt, ''.join(f'\nf({given})' for given in example.inputs)
     shown = [_task(kind, self._example(rng), 0)
-             for _ in range(rng.choice((0, 0, *range(1, self._recipe.references + 1))))]
+             for _ in range(rng.choice((0, 0, *range(1, self.recipe.references + 1))))]
     prompt = self._kinds[kind].propose_prompt(shown, self._prompts)
     return prompt, f'{example.program}\nf({example.inputs[0]})'
 
   def _answer(self, rng, kind, example, case):
     given, output = example.inputs[case], example.outputs[case]
     steps = ()
-    if rng.random() < self._recipe.think:
+    if rng.random() < self.recipe.think:
       if kind == 'deduction':
         steps = grammar.trace(example.program, given)
       else:
         others = [i for i in range(len(example.inputs)) if i != case]
-        tried = rng.sample(others, rng.choice((0, 1, 1, 2)))
+        tried = rng.sample(others, rng.choice((0, 0, 1, 1, 2)))
         steps = tuple(_case(example, i) for i in (*tried, case))
-    if len(steps) > self._recipe.max_think_lines:
+    if len(steps) > self.recipe.max_think_lines:
       steps = ()
     return _response(self._prompts, kind, steps, output if kind == 'deduction' else given)
 
   def _induction(self, rng, example):
-    shown = range(self._recipe.cases // 2)
+    shown = range(self.recipe.cases // 2)
     prompt = self._kinds['induction'].solve_prompt(
         _task('induction', example, 0, len(shown)), self._prompts)
     steps: tuple[str, ...] = ()
-    if rng.random() < self._recipe.think:
+    if rng.random() < self.recipe.think:
       steps = (*self._wrong(rng, example, shown), example.program,
                *(_case(example, i) for i in shown))
     return prompt, _response(self._prompts, 'induction', steps, example.program)
@@ -137,14 +146,13 @@ class Writer:
     return ()
 
 
-def rows(write: Writer, tokenizer, rng: random.Random, shape: tuple[int, int], *,
-         prompt_weight: float) -> Rows:
+def rows(write: Writer, tokenizer, rng: random.Random, shape: tuple[int, int]) -> Rows:
   """`shape` (B, T) filled with whole documents; those longer than T are left out."""
   B, T = shape
   ints = [np.full((B, T), fill, np.int32) for fill in (tokenizer.pad_id, 0, 0)]
   out = Rows(*ints, np.zeros((B, T), np.float32))
   documents, total = [], 0
-  for ids, weights in encoded(write, tokenizer, rng, prompt_weight):
+  for ids, weights in encoded(write, tokenizer, rng):
     if len(ids) <= T:
       documents.append((ids, weights))
       total += len(ids)
@@ -166,9 +174,10 @@ def rows(write: Writer, tokenizer, rng: random.Random, shape: tuple[int, int], *
   return out
 
 
-def encoded(write: Writer, tokenizer, rng: random.Random,
-            prompt_weight: float) -> Iterator[tuple[list[int], list[float]]]:
+def encoded(write: Writer, tokenizer,
+            rng: random.Random) -> Iterator[tuple[list[int], list[float]]]:
   """(ids, weights) of one document after the other, without end."""
+  recipe = write.recipe
   while True:
     ids: list[int] = []
     weights: list[float] = []
@@ -176,7 +185,9 @@ def encoded(write: Writer, tokenizer, rng: random.Random,
       prompt_ids = tokenizer.encode(prompt)
       response_ids = [*tokenizer.encode(response, bos=False), tokenizer.eos_id]
       ids += prompt_ids + response_ids
-      weights += [prompt_weight] * len(prompt_ids) + [1.0] * len(response_ids)
+      first = recipe.think_weight() if response.startswith(THINK) else 1.0
+      weights += [recipe.prompt_weight] * len(prompt_ids)
+      weights += [first] + [1.0] * (len(response_ids) - 1)
     yield ids, weights
 
 

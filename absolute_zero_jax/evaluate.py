@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores a model on held-out programs of the grammar: greedy, sampled mean, pass@n; with intervals.
+"""Scores a model on held-out programs: greedy accuracy, mean of samples, pass@n; with intervals.
 
   seed --test_set--> tasks --selfplay.answer (sampler, executor)--> right or wrong --> results.json
 
 The programs are a pure function of `heldout.seed`, in two parts: of the depth of pre-training, and
-deeper. Answers are checked by the executor as in self-play, since they are a model's. All numbers
-per item are kept in items.jsonl, so that two models can be compared item by item (`compare`).
+deeper. A part may also be a file of programs that people wrote (`file_tasks`). Answers are checked
+by the executor as in self-play, since they are a model's. All numbers per item are kept in
+items.jsonl, so that two models can be compared item by item (`compare`).
 """
 
 from collections.abc import Callable, Sequence
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -94,8 +96,13 @@ def measure(c: config_lib.ConfigDict, tools: selfplay.Tools, sampler: sampler_li
   tools = tools._replace(kinds=parts.kinds(c, c.heldout.kinds))
   items = []
   for part in c.heldout.parts:
-    tasks = held_out_tasks(c.heldout.seed, c.heldout.count, part, kinds=tuple(c.heldout.kinds),
-                           cases=c.selfplay.induction_cases)
+    if part in grammar.PARTS:
+      tasks = held_out_tasks(c.heldout.seed, c.heldout.count, part, kinds=tuple(c.heldout.kinds),
+                             cases=c.selfplay.induction_cases)
+    else:
+      tasks, left = _fitting(file_tasks(part, c.heldout.kinds), tools, c.sampler.max_prompt_tokens)
+      part = epath.Path(part).stem
+      say(f'{part}: {left} items left out, longer than sampler.max_prompt_tokens')
     items += score(tasks, tools, generate, samples=c.heldout.samples,
                    limit=c.sampler.max_solve_tokens, part=part)
     say(f'{part}: {len(tasks)} items answered')
@@ -114,6 +121,31 @@ def held_out_tasks(seed: int, count: int, part: str, *, kinds: tuple[str, ...],
       pairs = tuple(zip(e.inputs, e.outputs))[:cases if many else 1]
       out.append(Task(kind, e.program, pairs, shown=cases // 2 if many else 0, key=e.key))
   return tuple(out)
+
+
+def file_tasks(path: epath.PathLike, kinds: Sequence[str]) -> list[Task]:
+  """Deductions and abductions of a JSON-lines file in the format of CRUXEval; kinds in order.
+
+  Each line holds 'code' that defines `f`, 'input' (an argument list) and 'output'. Induction needs
+  several inputs, so it has no tasks here. Source of the format: Gu et al. (arXiv:2401.03065).
+
+  Raises:
+    ValueError: the file is missing, a line is not of this format, or `kinds` leave nothing.
+  """
+  try:
+    lines = epath.Path(path).read_text().splitlines()
+    records = [json.loads(x) for x in lines if x.strip()]
+    read = [(r['code'], r['input'], r['output']) for r in records]
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise ValueError(f'heldout.parts names {str(path)!r}, which cannot be read: {e!r}. Give '
+                     "'same', 'deeper', or a file whose lines hold JSON with 'code', 'input' and "
+                     "'output'.") from e
+  kinds = [kind for kind in kinds if kind != 'induction']
+  if not read or not kinds:
+    raise ValueError(f'{str(path)!r} holds no deduction or abduction for heldout.kinds={kinds}.')
+  return [Task(kind, code, ((given, output),),
+               key=hashlib.sha256(f'{code}\0{given}'.encode()).hexdigest()[:32])
+          for kind in kinds for code, given, output in read]
 
 
 def score(tasks: Sequence[Task], tools: selfplay.Tools, generate: Callable[..., Any], *,
@@ -234,6 +266,17 @@ def write_items(path: epath.Path, items: Sequence[dict[str, Any]]) -> None:
 def read_items(path: epath.Path) -> list[dict[str, Any]]:
   """What `write_items` wrote."""
   return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def _fitting(tasks: Sequence[Task], tools, limit: int) -> tuple[list[Task], int]:
+  """The tasks whose programs fit the prompt in every kind, and how many do not."""
+  kinds = {k.name: k for k in tools.kinds}
+  long = {t.key for t in tasks if len(tools.tokenizer.encode(
+      kinds[t.kind].solve_prompt(t, tools.prompts))) > limit}
+  kept = [t for t in tasks if t.key not in long]
+  if not kept:
+    raise ValueError(f'no program of {len(long)} fits sampler.max_prompt_tokens={limit}; raise it.')
+  return kept, len(tasks) - len(kept)
 
 
 def _answers(tasks, count, temperature, tools, generate, limit):

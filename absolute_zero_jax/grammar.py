@@ -27,7 +27,7 @@ from absolute_zero_jax.tasks import program as program_lib
 from absolute_zero_jax.types import Task
 
 # Statements before `return`, drawn uniformly: what pre-training sees, and what it never sees.
-SHALLOW = (0, 1, 1, 1, 2, 2, 2, 3, 3)
+SHALLOW = (0, 0, 1, 1, 1, 1, 2, 2, 2, 3)
 DEEP = (4, 5)
 PARTS = {'same': SHALLOW, 'deeper': DEEP}
 

@@ -83,7 +83,7 @@ class Learner:
       rows k, k + mini_batches, ... with advantages of the whole batch and loss weights of its own.
     skip_zero_rows: rows without any advantage are left out of the computation (not of the loss
       weights), which is exact without entropy bonus and KL; metrics then mean the other rows.
-    pack, micro_batch_tokens, length_buckets: see `packing.plan`.
+    pack, share_prompts, micro_batch_tokens, length_buckets: see `packing.plan`.
     chunk: see `logprobs.score`.
   """
 
@@ -92,8 +92,8 @@ class Learner:
                materialize: Callable[[Any, Any], Any] | None = None, old_logprobs: str = 'current',
                mismatch_bound: float = 1e-3, temperature: float = 1.0, max_grad_norm: float = 1.0,
                accumulate_dtype: str = 'float32', epochs: int = 1, mini_batches: int = 1,
-               skip_zero_rows: bool = False, pack: bool = False, micro_batch_tokens: int = 4096,
-               length_buckets: Sequence[int] = (), chunk: int = 0):
+               skip_zero_rows: bool = False, pack: bool = False, share_prompts: bool = False,
+               micro_batch_tokens: int = 4096, length_buckets: Sequence[int] = (), chunk: int = 0):
     if old_logprobs not in OLD_LOGPROBS:
       raise ValueError(f'old_logprobs={old_logprobs!r} is unknown; allowed: {OLD_LOGPROBS}.')
     if old_logprobs == 'auto' and epochs * mini_batches == 1 and not algorithm.needs_old:
@@ -113,8 +113,8 @@ class Learner:
     self._max_norm, self._sum_dtype = max_grad_norm, jnp.dtype(accumulate_dtype)
     self._epochs, self._mini_batches, self._skip_zero = epochs, mini_batches, skip_zero_rows
     self._plan = functools.partial(
-        packing.plan, micro_batch_tokens=micro_batch_tokens, pack=pack, buckets=length_buckets,
-        blocks=sharding.row_shards(mesh))
+        packing.plan, micro_batch_tokens=micro_batch_tokens, pack=pack,
+        share_prompts=share_prompts, buckets=length_buckets, blocks=sharding.row_shards(mesh))
     self._traces = 0
     self._compiled: dict[str, Any] = {}
 

@@ -6,7 +6,14 @@
 A micro-batch holds at most `micro_batch_tokens` positions. Rows are laid out longest first, so that
 those of one micro-batch have similar lengths; its length T is the bucket of its longest row and its
 number of rows follows from T, hence the few shapes. With `pack`, several rows share one line of T
-positions (first fit, longest first) and are kept apart by their segment numbers.
+positions (first fit, longest first) and are kept apart by their segment numbers. With
+`share_prompts`, rows that answer the same prompt hold it once:
+
+    prompt without its last token | last token, response 1 | last token, response 2 | ...
+    segment GROUP * g             | GROUP * g + 1          | GROUP * g + 2          |
+
+The last token stands before every response, since the first token of a response is scored there.
+Eight answers of 10 tokens to a prompt of 40 are 127 positions instead of 400.
 
 Letters: B lines of a micro-batch, T positions of a line, C blocks of B / C lines (one per data
 shard of the mesh), M scored tokens of a block.
@@ -19,6 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from absolute_zero_jax.advantages import Rollout
+from absolute_zero_jax.models.attention import GROUP
+
+# Lines that hold shared prompts may be so many times as long as the longest row.
+_SHARED_LINE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +79,20 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a row lies: micro-batch, line, and position of its first prompt token."""
+  """Where a row lies.
+
+  Attributes:
+    batch, line: micro-batch, and line in it.
+    start: position of its first own token, which is of its prompt.
+    first: position of the first token of its response.
+    shared: position of the prompt's tokens that are not its own, up to the last; -1 without such.
+  """
   batch: int
   line: int
   start: int
+  first: int
   segment: int
+  shared: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +104,14 @@ class Plan:
 
 
 def plan(rows: Sequence[Row], *, micro_batch_tokens: int, blocks: int = 1, pack: bool = False,
-         buckets: Sequence[int] = ()) -> Plan:
+         share_prompts: bool = False, buckets: Sequence[int] = ()) -> Plan:
   """Decides the place of every row; depends on the lengths alone, so equal calls agree.
 
   Args:
     micro_batch_tokens: B * T of a micro-batch is at most this, unless one line per block needs
       more.
     blocks: data shards; B is a multiple of it.
+    share_prompts: hold a prompt once for several of its responses.
     buckets: allowed line lengths, ascending; () takes 64, 128, 256, 384, 512, 768, 1024, ... .
 
   Raises:
@@ -99,12 +120,15 @@ def plan(rows: Sequence[Row], *, micro_batch_tokens: int, blocks: int = 1, pack:
   lengths = [_checked_length(i, row) for i, row in enumerate(rows)]
   if not rows:
     raise ValueError('an update needs at least one row; none was given.')
-  order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
-  longest = bucket(lengths[order[0]], buckets)
-  if pack:
-    lines = _first_fit(order, lengths, longest)
-  else:
-    lines = [[i] for i in order]
+  longest = max(lengths)
+  items = [[i] for i in range(len(rows))]
+  if share_prompts:
+    items = _shared(rows, max(longest, min(_SHARED_LINE * longest, micro_batch_tokens // blocks)))
+    lengths = [_item_length(rows, item) for item in items]
+    longest = max(lengths)
+  order = sorted(range(len(items)), key=lambda j: (-lengths[j], j))
+  longest = bucket(longest, buckets)
+  lines = _first_fit(order, lengths, longest) if pack else [[j] for j in order]
   places: list[Place | None] = [None] * len(rows)
   shapes, needs, done = [], [], 0
   while done < len(lines):
@@ -113,7 +137,8 @@ def plan(rows: Sequence[Row], *, micro_batch_tokens: int, blocks: int = 1, pack:
     part = lines[done:done + full]
     done += len(part)
     B = min(full, blocks * _power_of_two(-(-len(part) // blocks)))
-    need = _place(rows, lengths, part, B, blocks, len(shapes), places)
+    part = [[items[j] for j in line] for line in part]
+    need = _place(rows, part, B, blocks, len(shapes), places)
     shapes.append((B, T))
     needs.append(need)
   # One scored-token budget for all micro-batches of a shape, in quarters of the block.
@@ -139,13 +164,12 @@ def fill(p: Plan, rows: Sequence[Row], groups: Sequence[int] = (),
                      np.full((p.blocks, M), -1, np.int32)))
   for i, (row, place) in enumerate(zip(rows, p.places)):
     batch = out[place.batch]
-    first = place.start + len(row.prompt_ids)
-    end = first + len(row.response_ids)
-    line = (place.line, slice(place.start, end))
-    batch.tokens_BT[line] = (*row.prompt_ids, *row.response_ids)
-    batch.positions_BT[line] = np.arange(end - place.start)
-    batch.segments_BT[line] = place.segment
-    response = (place.line, slice(first, end))
+    ids = (*row.prompt_ids, *row.response_ids)
+    skip = len(row.prompt_ids) - (place.first - place.start)
+    if place.shared >= 0:
+      _put(batch, place.line, place.shared, ids[:skip], 0, place.segment // GROUP * GROUP)
+    _put(batch, place.line, place.start, ids[skip:], skip, place.segment)
+    response = (place.line, slice(place.first, place.first + len(row.response_ids)))
     batch.mask_BT[response] = mask(row)
     batch.groups_BT[response] = groups[i] if len(groups) else 0
     for name, per_row in values.items():
@@ -171,8 +195,8 @@ def take_rows(p: Plan, rows: Sequence[Row], batches: Sequence[Batch],
     spread.append(flat_CT.reshape(batch.mask_BT.shape))
   out = []
   for row, place in zip(rows, p.places):
-    first = place.start + len(row.prompt_ids)
-    out.append(spread[place.batch][place.line, first:first + len(row.response_ids)])
+    span = slice(place.first, place.first + len(row.response_ids))
+    out.append(spread[place.batch][place.line, span])
   return out
 
 
@@ -224,19 +248,53 @@ def bucket(length: int, buckets: Sequence[int] = ()) -> int:
                    'longer one to length_buckets, or shorten prompts or responses.')
 
 
-def _place(rows, lengths, lines, B, blocks, number, places) -> int:
+def _put(batch, line, start, ids, position, segment):
+  """Writes tokens that are at `position` and on of their row."""
+  where = (line, slice(start, start + len(ids)))
+  batch.tokens_BT[where] = ids
+  batch.positions_BT[where] = np.arange(position, position + len(ids))
+  batch.segments_BT[where] = segment
+
+
+def _place(rows, lines, B, blocks, number, places) -> int:
   """Deals lines to blocks, fewest scored tokens first; returns the most a block has to score."""
-  scored = [sum(int(mask(rows[i]).sum()) for i in line) for line in lines]
+  scored = [sum(int(mask(rows[i]).sum()) for item in line for i in item) for line in lines]
   total, used = [0] * blocks, [0] * blocks
   for j in sorted(range(len(lines)), key=lambda j: (-scored[j], j)):
     block = min((b for b in range(blocks) if used[b] < B // blocks), key=lambda b: (total[b], b))
     start = 0
-    for segment, i in enumerate(lines[j]):
-      places[i] = Place(number, block * (B // blocks) + used[block], start, segment + 1)
-      start += lengths[i]
+    for group, item in enumerate(lines[j], 1):
+      shared = -1
+      if len(item) > 1:
+        shared, start = start, start + len(rows[item[0]].prompt_ids) - 1
+      for member, i in enumerate(item, 1):
+        first = start + (1 if len(item) > 1 else len(rows[i].prompt_ids))
+        places[i] = Place(number, block * (B // blocks) + used[block], start, first,
+                          GROUP * group + member, shared)
+        start = first + len(rows[i].response_ids)
     total[block] += scored[j]
     used[block] += 1
   return max(max(total), 1)
+
+
+def _shared(rows: Sequence[Row], limit: int) -> list[list[int]]:
+  """Indices of rows with equal prompts, in parts of at most `limit` positions each."""
+  parts: list[list[int]] = []
+  newest: dict[tuple[int, ...], list[int]] = {}
+  for i, row in enumerate(rows):
+    part = newest.get(tuple(row.prompt_ids), [])
+    if not part or len(part) == GROUP - 1 or _item_length(rows, [*part, i]) > limit:
+      part = newest[tuple(row.prompt_ids)] = []
+      parts.append(part)
+    part.append(i)
+  return parts
+
+
+def _item_length(rows: Sequence[Row], item: Sequence[int]) -> int:
+  """Positions of rows that share a prompt; of a row by itself."""
+  prompt = len(rows[item[0]].prompt_ids)
+  responses = sum(len(rows[i].response_ids) for i in item)
+  return prompt + responses if len(item) == 1 else prompt - 1 + len(item) + responses
 
 
 def _first_fit(order: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:

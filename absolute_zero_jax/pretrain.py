@@ -89,12 +89,12 @@ def make_batch(c: config_lib.ConfigDict, tokenizer) -> Callable[[int], documents
   p = c.pretrain
   recipe = documents.Recipe(
       depths=tuple(p.depths), propose=p.propose, induce=p.induce, questions=p.questions,
-      think=p.think, prompt_weight=p.prompt_weight, references=p.references,
-      cases=c.selfplay.induction_cases)
+      think=p.think, think_prior=p.think_prior, prompt_weight=p.prompt_weight,
+      references=p.references, cases=c.selfplay.induction_cases)
   write = documents.Writer(prompts_lib.load(c.selfplay.prompts), recipe)
   def make(step):
     return documents.rows(write, tokenizer, random.Random(f'pretrain {c.seed} {step}'),
-                          (p.batch, p.line_tokens), prompt_weight=p.prompt_weight)
+                          (p.batch, p.line_tokens))
   return make
 
 

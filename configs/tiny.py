@@ -38,6 +38,7 @@ def get_config(arg=None):
   c.train.minutes = 9.0
   c.train.micro_batch_tokens = 8192
   c.train.pack = True
+  c.train.share_prompts = True
   c.selfplay.prompts = 'tiny'
   c.selfplay.batch = 32
   c.selfplay.mc_samples = 8

@@ -37,11 +37,11 @@ def service():
     yield made
 
 
-def _score(service, script, *, samples=4, count=4):
+def _score(service, script, *, samples=4, count=4, todo=None):
   """Scores of a model that answers `script(task, sample number, temperature)`."""
   tools = selfplay.Tools(kinds=[tasks.get(k, cases=6) for k in KINDS], prompts=PROMPTS,
                          tokenizer=TOKENS, sample=None, submit=service.submit, rewards=None)
-  todo = evaluate.held_out_tasks(3, count, 'same', kinds=KINDS)
+  todo = todo or evaluate.held_out_tasks(3, count, 'same', kinds=KINDS)
 
   def generate(requests, temperature, stop_fn, on_finish):
     del stop_fn
@@ -68,6 +68,25 @@ def test_a_model_that_knows_gets_everything(service):
   scores = evaluate.summarize(items)
   assert scores['same/mean']['greedy'] == scores['same/mean']['pass@4'] == [1, 1, 1]
   assert scores['same/deduction']['entropy'][0] == 0.5 and scores['same/mean']['thinks'][0] == 0
+
+
+def test_programs_of_a_file_are_scored_as_they_stand(service, tmp_path):
+  path = tmp_path / 'written.jsonl'
+  path.write_text('\n'.join(json.dumps(dict(code=code, input=given, output=output, id='x'))
+                            for code, given, output in (
+      ('def f(n):\n    return n[::-1]', "'ab'", "'ba'"),
+      ('def f(x, y):\n    return {x: y}', '1, [2]', '{1: [2]}'))) + '\n')
+  todo = evaluate.file_tasks(path, KINDS)
+  assert [t.kind for t in todo] == ['deduction'] * 2 + ['abduction'] * 2
+  items = _score(service, lambda task, n, t: ANSWER + _gold(task), todo=todo, samples=0)
+  assert all(i['greedy'] == 1 for i in items)
+  items = _score(service, lambda task, n, t: ANSWER + '[1]', todo=todo, samples=0)
+  assert not any(i['greedy'] for i in items)
+  path.write_text('{"code": "def f(): pass"}')
+  with pytest.raises(ValueError, match="'input'"):
+    evaluate.file_tasks(path, KINDS)
+  with pytest.raises(ValueError, match='no_such.jsonl'):
+    evaluate.file_tasks(tmp_path / 'no_such.jsonl', KINDS)
 
 
 def test_wrong_hostile_and_unfinished_answers_get_nothing(service):
@@ -170,7 +189,10 @@ def test_the_command_scores_a_model_directory(tmp_path):
   c.executor.min_isolation, c.executor.workers = 'weak', 2
   c.sampler.slots, c.sampler.max_solve_tokens, c.sampler.max_prompt_tokens = 8, 8, 256
   c.sampler.max_propose_tokens = 8
-  c.heldout.count, c.heldout.samples, c.heldout.parts = 2, 2, ('same',)
+  written = tmp_path / 'written.jsonl'
+  written.write_text(''.join(json.dumps(dict(code=f'def f(x):\n    return {value}', input='1',
+                                             output=value)) + '\n' for value in ('1', '9' * 600)))
+  c.heldout.count, c.heldout.samples, c.heldout.parts = 2, 2, ('same', str(written))
   (tmp_path / 'twin').symlink_to(tmp_path / 'model')
   c.heldout.base = str(tmp_path / 'twin')
   text = io.StringIO()
@@ -179,7 +201,8 @@ def test_the_command_scores_a_model_directory(tmp_path):
   assert results['scores']['same/mean']['greedy'][0] == 0
   assert 'same/induction' in text.getvalue()
   items = [json.loads(x) for x in (tmp_path / 'out' / 'items.jsonl').read_text().splitlines()]
-  assert len(items) == 6
+  # Of the file one deduction and one abduction; the other program does not fit the prompt.
+  assert [i['part'] for i in items] == ['same'] * 6 + ['written'] * 2
   # The same model twice: the same noise, so no gain at all, not in the samples either.
   assert (tmp_path / 'out' / 'base_items.jsonl').read_text().splitlines() == [
       json.dumps(i) for i in items]

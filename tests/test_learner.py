@@ -50,6 +50,15 @@ def _rows(count=13, seed=0, longest=40, **fixed):
   return rows
 
 
+def _answers(prompts=5, each=7, seed=0):
+  """Rows of which `each` answer the same prompt; a prompt of a single token is among them."""
+  firsts = _rows(prompts, seed)
+  firsts[0] = learner.Row(**vars(firsts[0]) | {'prompt_ids': [5]})
+  rows = _rows(prompts * each, seed + 1)
+  return [learner.Row(**vars(row) | {'prompt_ids': firsts[i % prompts].prompt_ids})
+          for i, row in enumerate(rows)]
+
+
 def _update(params, rows, *, mesh=None, tx=RECORD, algorithm='trr_plus_plus', fields=None,
             reference=None, **options):
   """State, metrics and learner after one update; the gradient is in `state.opt_state.trace`."""
@@ -126,6 +135,18 @@ def test_the_layout_changes_nothing(params, whole, options):
   assert _apart(whole[0], state.opt_state.trace) < 1e-6
   for name in ('loss', 'grad_norm', 'entropy', 'mismatch_abs', 'solve_a/entropy'):
     np.testing.assert_allclose(metrics[name], whole[1][name], rtol=1e-6)
+
+
+@pytest.mark.parametrize('options', [
+    {}, dict(pack=True), dict(pack=True, micro_batch_tokens=128),
+    dict(pack=True, remat='none', micro_batch_tokens=512)])
+def test_sharing_the_prompts_changes_nothing(params, options):
+  rows = _answers()
+  plain, expected, _ = _update(params, rows)
+  state, metrics, _ = _update(params, rows, share_prompts=True, **options)
+  assert _apart(plain.opt_state.trace, state.opt_state.trace) < 3e-6
+  for name in ('loss', 'grad_norm', 'entropy', 'mismatch_abs', 'solve_a/entropy'):
+    np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
 
 
 @pytest.mark.parametrize('axes, options', [
@@ -443,6 +464,34 @@ def test_no_token_is_lost_or_doubled_by_the_layout(pack, seed):
                                   [*row.prompt_ids, *row.response_ids])
     np.testing.assert_array_equal(batch.positions_BT[place.line, span], np.arange(size))
     assert (batch.segments_BT[place.line, span] == place.segment).all()
+
+
+@pytest.mark.parametrize('pack', [False, True])
+def test_a_shared_prompt_is_held_once_and_its_last_token_by_every_row(pack):
+  rows = _answers(3, 6)
+  layout = packing.plan(rows, micro_batch_tokens=ALL, pack=pack, share_prompts=True)
+  values = [np.random.default_rng(i).random(len(r.response_ids)) for i, r in enumerate(rows)]
+  batches = packing.fill(layout, rows, advantages=values)
+  prompts = {tuple(r.prompt_ids) for r in rows}
+  held = sum(int((b.segments_BT > 0).sum()) for b in batches)
+  responses = sum(len(r.response_ids) for r in rows)
+  assert held < sum(len(r.prompt_ids) for r in rows) + responses
+  copies = (held - responses - len(rows)) / sum(len(p) - 1 for p in prompts)
+  assert 1 <= copies <= 2            # a group longer than a line has its prompt twice
+  for row, place, value in zip(rows, layout.places, values):
+    batch = batches[place.batch]
+    def read(start, end, name, batch=batch, line=place.line):
+      return getattr(batch, name)[line, start:end]
+    end, P = place.first + len(row.response_ids), len(row.prompt_ids)
+    own = place.first - place.start
+    assert own == 1
+    np.testing.assert_array_equal(read(place.start, end, 'tokens_BT'),
+                                  [row.prompt_ids[-1], *row.response_ids])
+    np.testing.assert_array_equal(read(place.shared, place.shared + P - 1, 'tokens_BT'),
+                                  row.prompt_ids[:-1])
+    np.testing.assert_array_equal(read(place.start, end, 'positions_BT'),
+                                  np.arange(P - 1, P + len(row.response_ids)))
+    np.testing.assert_allclose(read(place.first, end, 'advantages_BT'), value, rtol=1e-6)
 
 
 def test_packing_wastes_less_than_padding():

@@ -116,7 +116,36 @@ def test_a_longer_run_goes_on_from_a_finished_one(finished, tmp_path):
   assert int(state.step) == 6
 
 
+def test_muon_turns_every_singular_value_of_a_matrix_into_about_one():
+  """And leaves embeddings, norms and biases to AdamW, with Nesterov's step."""
+  model = loading.random_config('random:qwen2,vocab=40,embed=16,layers=2,heads=2,kv_heads=1,'
+                                'head_dim=8,ffn=24,tied=true')
+  params = decoder.init(model, jax.random.key(0))
+  gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
+  change = {}
+  for name in optimizer.NAMES:
+    tx = optimizer.make_optimizer(1e-2, name=name)
+    change[name], _ = jax.jit(tx.update)(gradient, tx.init(params), params)
+  layers = change['muon']['layers']
+  flat = {'q': (16, 16), 'k': (16, 8), 'v': (16, 8), 'o': (16, 16), 'gate': (16, 24),
+          'up': (16, 24), 'down': (24, 16)}
+  for name, shape in flat.items():
+    for matrix in np.asarray(layers[name]):
+      # An orthogonal matrix whose larger side is n, times sqrt(n): entries of RMS 1.
+      values = np.linalg.svd(matrix.reshape(shape), compute_uv=False) / max(shape) ** 0.5
+      # Five iterations do not bring up the smallest ones.
+      assert 0.2e-2 * 0.6 < np.median(values) < values.max() < 0.2e-2 * 1.3, name
+  # The first step with Nesterov's momentum (Dozat, 2016): b1 m / (1 - b1^2) + g, m = (1 - b1) g.
+  longer = 0.9 * (1 - 0.9) / (1 - 0.9**2) + 1
+  np.testing.assert_allclose(change['muon']['embed'], longer * change['adamw']['embed'], rtol=1e-3)
+  for name in ('attn_norm', 'ffn_norm', 'q_bias', 'k_bias', 'v_bias'):
+    np.testing.assert_allclose(layers[name], longer * change['adamw']['layers'][name], rtol=1e-3)
+  with pytest.raises(ValueError, match="'lion' is unknown; allowed: adamw, muon"):
+    optimizer.make_optimizer(1e-2, name='lion')
+
+
 def test_prompts_count_less():
   c = _config()
+  c.pretrain.think_prior = c.pretrain.think      # so that openings of thoughts weigh 1, too
   batch = pretrain.make_batch(c, tokenizer.load(lexicon.FOLDER))(3)
   assert [round(float(w), 3) for w in np.unique(batch.weights_BT)] == [0.0, 0.2, 1.0]

@@ -11,6 +11,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+# A segment number is GROUP * group + member. Member 0 is the part that all members of a group see.
+GROUP = 256
 MASKED = -1e30                  # finite, so that a row without any visible key stays free of NaN
 _QUERY_CHUNK = 128
 _MAX_CHUNKS = 16
@@ -19,6 +21,10 @@ _MAX_CHUNKS = 16
 def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array,
            key_segments_BS: jax.Array, *, implementation: str = 'xla') -> jax.Array:
   """Causal attention inside equal non-zero segments; the one call site of every kernel.
+
+  A token of segment `GROUP * g + m` also sees the tokens of segment `GROUP * g` (g > 0) that stand
+  before it: so the answers of a group share one copy of their prompt. Numbers below `GROUP` have no
+  such part.
 
   The T queries are the last T of the S keys' tokens.
 
@@ -134,5 +140,6 @@ def _allowed(segments_BT, key_segments_BS, offset):
   """Mask [B, T, S] of a query block whose first query is key number `offset`."""
   T, S = segments_BT.shape[1], key_segments_BS.shape[1]
   causal_TS = jnp.arange(S)[None] <= jnp.arange(T)[:, None] + offset
-  same_BTS = segments_BT[:, :, None] == key_segments_BS[:, None]
-  return causal_TS[None] & same_BTS & (key_segments_BS > 0)[:, None]
+  query_BT1, key_B1S = segments_BT[:, :, None], key_segments_BS[:, None]
+  shared_BTS = query_BT1 // GROUP * GROUP == key_B1S
+  return causal_TS[None] & ((query_BT1 == key_B1S) | shared_BTS) & (key_B1S > 0)
