@@ -61,12 +61,13 @@ class Programs:
   compiled: dict[tuple, Any] = dataclasses.field(default_factory=dict)
   stats: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
-  def call(self, key: tuple, function: Callable, *args, donate: tuple[int, ...] = ()) -> Any:
+  def call(self, key: tuple, function: Callable, *args, donate: tuple[int, ...] = (),
+           options: dict[str, str] | None = None) -> Any:
     """Runs `function(*args)` by the program compiled for `key`, which names all static sizes."""
     program = self.compiled.get(key)
     if program is None:
       started = time.perf_counter()
-      program = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+      program = jax.jit(function, donate_argnums=donate).lower(*args).compile(options)
       self.compiled[key] = program
       self.stats['compile_s'] += time.perf_counter() - started
     return program(*args)
@@ -309,7 +310,8 @@ class Prompts:
                                  mesh=p.mesh)
     seen_A = (np.arange(ahead) >= ahead - len(prefix)).astype(np.int32) if before else None
     new = p.call(('prefill', shape, self.layout), function, self.params, tokens_BT, positions_BT,
-                 segments_BT, before.new if before else None, seen_A)
+                 segments_BT, before.new if before else None, seen_A,
+                 options=sharding.compiler_options(p.mesh))
     p.stats['prefill_tokens'] += sum(len(context) - len(prefix) for context in contexts)
     rows = {context: (b, len(context) - len(prefix)) for b, context in enumerate(contexts)}
     return _Insert(rows, new, before.new if before else None, shape)

@@ -312,8 +312,7 @@ class Learner:
     self._compiled['apply'] = jax.jit(self._apply, donate_argnums=(0,), **where)
 
   def _jit(self, fn, **options):
-    platform = jax.default_backend() if self._mesh is None else self._mesh.devices.flat[0].platform
-    return jax.jit(fn, compiler_options=compiler_options(platform), **options)
+    return jax.jit(fn, compiler_options=sharding.compiler_options(self._mesh), **options)
 
   def _put(self, batch):
     if self._mesh is None:
@@ -342,19 +341,3 @@ def _norm(tree: Any) -> jax.Array:
       x = jax.lax.optimization_barrier(jnp.sum(x, axis=-1))     # else XLA merges the sums
     total += x
   return jnp.sqrt(total)
-
-
-@functools.cache
-def compiler_options(platform: str) -> dict[str, str] | None:
-  """Without XLA:CPU's YNN fusion, which made scoring 1.2 to 1.7 times slower where we measured it.
-
-  None where this XLA does not know the option, or the platform is another.
-  """
-  options = {'xla_cpu_experimental_ynn_fusion_type': ''}
-  if platform != 'cpu':
-    return None
-  try:
-    jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
-  except jax.errors.JaxRuntimeError:
-    return None
-  return options

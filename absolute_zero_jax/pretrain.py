@@ -23,7 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from absolute_zero_jax import checkpoint, documents, logprobs, metrics, optimizer, parts
+from absolute_zero_jax import (
+  checkpoint,
+  documents,
+  logprobs,
+  metrics,
+  optimizer,
+  parts,
+  sharding,
+)
 from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import learner as learner_lib
 from absolute_zero_jax import tokenizer as tokenizer_lib
@@ -124,8 +132,7 @@ def compiled_step(model, tx, c: config_lib.ConfigDict) -> Callable[..., Any]:
     params = optax.apply_updates(state.params, change)
     return learner_lib.TrainState(state.step + 1, params, opt_state), sums | {'norm': norm}
 
-  return jax.jit(step, donate_argnums=(0,),
-                 compiler_options=learner_lib.compiler_options(jax.default_backend()))
+  return jax.jit(step, donate_argnums=(0,), compiler_options=sharding.compiler_options())
 
 
 def _train(c, state, update, batches, writer, console, save):

@@ -8,6 +8,7 @@ heads, feed-forward width and vocabulary. A mesh of one device uses the same cod
 """
 
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any
 
@@ -123,3 +124,23 @@ def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> ja
     return x
   spec = partition(axes, x.shape, mesh)
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def compiler_options(mesh: Mesh | None = None) -> dict[str, str] | None:
+  """For programs on many tokens at once: without XLA:CPU's YNN fusion, which makes them slower.
+
+  Scoring took 1.2 to 1.7 times as long with it, prefilling 1.06 times, decoding 0.85 times.
+  None where this XLA does not know the option, or the platform is another.
+  """
+  platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+  return _without_ynn() if platform == 'cpu' else None
+
+
+@functools.cache
+def _without_ynn():
+  options = {'xla_cpu_experimental_ynn_fusion_type': ''}
+  try:
+    jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+  except jax.errors.JaxRuntimeError:
+    return None
+  return options

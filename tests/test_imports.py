@@ -24,7 +24,7 @@ ALLOWED = {                              # room -> rooms it may import
     'batching': {'models', 'sharding', 'sampling', 'schedule', 'decoding'},
     'sampler': {'models', 'sharding', 'sampling', 'schedule', 'decoding', 'batching'},
     'logprobs': set(), 'advantages': set(), 'reinforce': {'advantages'}, 'optimizer': set(),
-    'packing': {'advantages'}, 'learner_metrics': {'packing', 'reinforce', 'advantages'},
+    'packing': {'advantages', 'models'}, 'learner_metrics': {'packing', 'reinforce', 'advantages'},
     'lora': {'models', 'sharding'},
     'learner': {'models', 'sharding', 'reinforce', 'advantages', 'logprobs', 'optimizer',
                 'packing', 'learner_metrics'},

@@ -22,11 +22,11 @@ ALL = 10**6
 @pytest.fixture(scope='module', autouse=True)
 def quick_compiles():
   """Tests compile far more than they run: half the time without XLA's later optimisations."""
-  kept = learner.compiler_options
-  learner.compiler_options = lambda platform: {
+  kept = sharding.compiler_options
+  sharding.compiler_options = lambda mesh=None: {
       'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
   yield
-  learner.compiler_options = kept
+  sharding.compiler_options = kept
 
 
 @pytest.fixture(scope='module')
@@ -476,15 +476,16 @@ def test_a_shared_prompt_is_held_once_and_its_last_token_by_every_row(pack):
   held = sum(int((b.segments_BT > 0).sum()) for b in batches)
   responses = sum(len(r.response_ids) for r in rows)
   assert held < sum(len(r.prompt_ids) for r in rows) + responses
-  copies = (held - responses - len(rows)) / sum(len(p) - 1 for p in prompts)
-  assert 1 <= copies <= 2            # a group longer than a line has its prompt twice
+  groups = {(p.batch, p.line, p.shared) for p in layout.places if p.shared >= 0}
+  assert len(prompts) <= len(groups) < len(rows) / 2      # a group may be too long for one line
   for row, place, value in zip(rows, layout.places, values):
     batch = batches[place.batch]
     def read(start, end, name, batch=batch, line=place.line):
       return getattr(batch, name)[line, start:end]
     end, P = place.first + len(row.response_ids), len(row.prompt_ids)
-    own = place.first - place.start
-    assert own == 1
+    if place.shared < 0:
+      continue
+    assert place.first - place.start == 1
     np.testing.assert_array_equal(read(place.start, end, 'tokens_BT'),
                                   [row.prompt_ids[-1], *row.response_ids])
     np.testing.assert_array_equal(read(place.shared, place.shared + P - 1, 'tokens_BT'),
