@@ -453,6 +453,28 @@ def test_a_sleeping_program_does_not_keep_its_slot():
     assert verdict.status is Status.TIMEOUT and time.monotonic() - began < 5
 
 
+def test_more_output_than_a_socket_holds_arrives_whole(executor):
+  # 64 frames of 8 kB: the child cannot report them before somebody reads.
+  jobs = [Job('run', 'def f(n):\n  return "x" * 8000 + str(n)', tuple(map(str, range(64))))]
+  [verdict] = executor.run(jobs)
+  assert [run.output[-3:-1].strip('x') for run in verdict.runs] == [str(n) for n in range(64)]
+
+
+def test_results_before_a_lost_input_count():
+  program = 'import os\ndef f(x):\n  return os._exit(1) if x == 3 else x'
+  with Executor(workers=2, policy=False) as started:
+    for bad in (program, 'def f(x):\n  while x == 3: pass\n  return x'):
+      [verdict] = started.run([Job('run', bad, ('1', '2', '3', '4'), timeout_s=0.2)])
+      assert [run.output for run in verdict.runs] == ['1', '2', '', '4']
+
+
+def test_modules_of_a_longer_list_are_held_ready():
+  program = 'import datetime\ndef f(x):\n  return datetime.date(2000, 1, x).isoformat()'
+  with Executor(workers=2, modules=['datetime', 'no_such_module']) as started:
+    [verdict] = started.run([Job('run', program, ('2',))])
+  assert verdict.runs[0].output == "'2000-01-02'"
+
+
 def test_a_program_that_keeps_writing_is_stopped():
   with Executor(workers=2, policy=False) as started:
     program = 'def f(x):\n  w = __import__("posix").write\n  while True: w(3, b"\\1\\0\\0\\0[")'

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trusted rules, driven with reports written by hand: no process is started here."""
 
+import json
 import socket
 import struct
 
@@ -29,7 +30,8 @@ def _drive(trial, *reports):
     for unit in trial.take():
       units.append(unit)
       frames, end = reports.pop(0) if type(reports[0]) is tuple else (reports.pop(0), Status.OK)
-      trial.feed(unit, verify.Report(tuple(frames), end, '' if end is Status.OK else end.value))
+      frames = tuple(verify.understand(json.dumps(frame).encode(), unit) for frame in frames)
+      trial.feed(unit, verify.Report(frames, end, '' if end is Status.OK else end.value))
   assert not reports
   return trial.verdict, units
 

@@ -8,7 +8,8 @@
               backpressure, restarts
   supervisor  a program of its own: queue, deadlines, cache; drives `workers`
   verify      the rules: job -> units of work -> verdict; golds, equality, determinism
-  zygote      warm process that forks one child per program; `child` runs it behind the `fence`
+  zygote      warm process that forks one child per program; `child` runs it behind the `fence`;
+              `memory` makes forks cheap
   values      plain values, their wire form and their equality; `literals` parses model-written text
   policy      the static gate on programs
 

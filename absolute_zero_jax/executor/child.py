@@ -58,6 +58,7 @@ def serve() -> None:
     return
   gc.enable()
   run(job['program'], job['inputs'], job['repeat'], job['expect_error'], _send)
+  os.close(JOB_FD)       # this is what the supervisor waits for
 
 
 def pack(job: dict) -> bytes:

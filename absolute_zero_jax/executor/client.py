@@ -36,7 +36,8 @@ class Executor:
     memory_mb: address space of one program.
     equality: 'strict' (types count at every depth) or 'loose' (Python's `==`).
     policy: False switches the static gate off; the fence stays.
-    modules: importable modules, default `policy.MODULES`; only what workers preload can be had.
+    modules: importable modules of the standard library, default `policy.MODULES`; workers hold
+      them in memory.
     min_isolation: refuse to start below this level: 'full', 'standard' or 'weak'. Weak means no
       system call filter (macOS, exotic kernels): programs can then do whatever this user can.
     allow_weak_isolation: the same as min_isolation='weak'.
@@ -65,8 +66,8 @@ class Executor:
                recycle_forks: int = 20000):
     _check_options(locals())
     workers = workers or auto_workers()
-    rules = {'equality': equality, 'enforce_policy': policy,
-             'modules': sorted(_MODULES if modules is None else modules),
+    modules = sorted(_MODULES if modules is None else modules)
+    rules = {'equality': equality, 'enforce_policy': policy, 'modules': modules,
              'validate_timeout_s': validate_timeout_s, 'score_timeout_s': score_timeout_s}
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     layers = [name for name in _LAYERS if name in set(layers)]
@@ -75,6 +76,7 @@ class Executor:
         'per_zygote': per_worker, 'recycle_forks': recycle_forks,
         'min_isolation': 'weak' if allow_weak_isolation else min_isolation,
         'zygote': {'memory_mb': memory_mb, 'layers': layers, 'namespaces': 'namespaces' in layers,
+                   'modules': modules if policy else [*modules, *_WITHOUT_POLICY],
                    'nice': nice, 'cores': list(cores), 'cpu_s': int(MAX_TIMEOUT_S) + 1}}
     self._link = link.Link(options, max_pending, max_pending_mb << 20)
     self._finalizer = weakref.finalize(self, self._link.close)
@@ -128,6 +130,8 @@ class Executor:
 
 
 _MODULES = policy.MODULES
+# What programs can also import when nobody checks.
+_WITHOUT_POLICY = ('_strptime', 'ast', 'calendar', 'datetime', 'io', 'locale', 'random', 'time')
 
 
 def _check_options(o: dict) -> None:

@@ -20,7 +20,6 @@ from collections.abc import Callable
 import ctypes
 import errno
 import os
-import platform
 import resource
 import signal
 import struct
@@ -44,7 +43,7 @@ _BASE = '''read write close fstat lseek munmap brk rt_sigaction rt_sigprocmask r
   getrlimit'''.split()
 # What the zygote needs and a program must not have.
 _FORKER = '''recvmsg sendmsg recvfrom sendto fork wait4 kill dup dup2 dup3 prlimit64 setrlimit
-  prctl seccomp close_range clone'''.split()
+  prctl seccomp close_range clone sched_setscheduler'''.split()
 # Nobody calls these by accident: SIGSYS ends the process, which counts as a security event.
 _FATAL = '''ptrace process_vm_readv process_vm_writev mount umount2 pivot_root chroot kexec_load
   kexec_file_load init_module finit_module delete_module bpf perf_event_open keyctl add_key
@@ -88,12 +87,12 @@ def supported() -> str:
   """'' where the system call filter can be built, otherwise why not."""
   if not sys.platform.startswith('linux'):
     return f'no seccomp on {sys.platform}'
-  if platform.machine() not in syscalls.NUMBERS:
-    return f'no system call table for {platform.machine()}'
+  if _MACHINE not in syscalls.NUMBERS:
+    return f'no system call table for {_MACHINE}'
   return ''
 
 
-_MACHINE = platform.machine()
+_MACHINE = os.uname().machine
 _NUMBERS = syscalls.NUMBERS.get(_MACHINE, {})
 _LIBC = _libc() if sys.platform.startswith('linux') else None
 

@@ -127,7 +127,7 @@ def check_text(text: str, max_chars: int = MAX_CHARS) -> None:
   for bracket in _BRACKETS.findall(text):
     depth += 1 if bracket in '([{' else -1
     deepest = max(deepest, depth)
-  if deepest > MAX_NESTING or _UNARY_RUN.search(text):
+  if deepest > MAX_NESTING or (len(text) >= 100 and _UNARY_RUN.search(text)):
     raise LiteralError('nested too deep')
 
 

@@ -204,7 +204,7 @@ def _read_answer(answer: dict, unit: verify.Unit, mark: str, wall_s: float) -> v
   for line in str(result.get('stdout') or '').split('\n'):
     if line.startswith(mark) and len(frames) < len(unit.inputs):
       try:
-        frames.append(values.load_frame(line[len(mark):].encode('utf-8', 'surrogatepass')))
+        frames.append(verify.understand(line[len(mark):].encode('utf-8', 'surrogatepass'), unit))
       except values.ValuesError:
         malformed = True
         break
@@ -212,7 +212,7 @@ def _read_answer(answer: dict, unit: verify.Unit, mark: str, wall_s: float) -> v
   wall_s = float(seconds) if isinstance(seconds, (int, float)) else wall_s
   if malformed:
     return verify.Report(tuple(frames), Status.CRASHED, 'malformed report', wall_s)
-  if len(frames) == len(unit.inputs) or (frames and verify.load_failed(frames[0])):
+  if len(frames) == len(unit.inputs) or (frames and frames[0].load_failed):
     return verify.Report(tuple(frames), Status.OK, wall_s=wall_s)
   if result.get('status') == 'TimeLimitExceeded':
     return verify.Report(tuple(frames), Status.TIMEOUT, 'time limit', wall_s)

@@ -13,20 +13,21 @@ import heapq
 import itertools
 import json
 import os
-import selectors
 import signal
 import socket
 import sys
 import time
 import warnings
 
-from absolute_zero_jax.executor import fence, verify, wire, workers
+from absolute_zero_jax.executor import fence, poller, verify, wire, workers
 from absolute_zero_jax.types import Status
 
 _TICK_S = 0.2               # how often zygotes are looked at while there is work
 _PATIENCE_S = 20.0          # for an answer of a zygote that is alive
 _MAX_ATTEMPTS = 3           # times that a unit is started while its processes get lost
 _MAX_FAILED_STARTS = 4
+_QUIET_S = 0.01             # how long frames of a running child wake nobody, see `_start`
+_GATHER_S = 0.002           # how long verdicts wait for others while there is work
 # A fence that lets one of these through does not deserve its level.
 _MUST_FAIL = ('read a file', 'list a folder', 'write a file', 'make a TCP socket',
               'start a process', 'start a thread', 'execute a program', 'signal the parent',
@@ -63,38 +64,38 @@ class Supervisor:
     self._queues: dict[str, list[_Work]] = {'a': [], 'b': [], '': []}     # '': any group
     self._in_flight: dict[verify.Unit, _Work] = {}
     self._order = itertools.count()
-    self._selector = selectors.DefaultSelector()
+    self._poller = poller.Poller()
     self._zygotes: list[workers.Zygote] = []
     self._failed_starts = 0
     self._announced = self._closed = False
     self._verdicts: list = []
     self._count, self._latency_s = Counter(), deque(maxlen=4096)
     self._busy_s, self._began = 0.0, time.monotonic()
-    self._next_tick = 0.0
+    self._next_tick = self._next_flush = 0.0
     self._parent = os.getppid()
 
   def run(self) -> None:
-    self._selector.register(self._client, selectors.EVENT_READ, None)
+    self._poller.watch(self._client, poller.READ, None)
     for index in range(self._options['workers']):
       self._start_zygote(index)
     while not self._closed:
-      for key, events in self._selector.select(self._wait_s()):
-        self._handle(key.data, events)
+      for owner, events in self._poller.wait(self._wait_s()):
+        self._handle(owner, events)
       self._pass_time()
       self._dispatch_all()
       self._flush()
     for zygote in self._zygotes:
       zygote.kill()
 
-  def _handle(self, data, events: int) -> None:
-    if data is None:
-      if events & selectors.EVENT_READ:
+  def _handle(self, owner, events: int) -> None:
+    if owner is None:
+      if events & poller.READ:
         self._read_client()
-    elif isinstance(data, workers.Zygote):
-      if data in self._zygotes:
-        self._guard(data, lambda: self._read_zygote(data))
-    elif data.zygote in self._zygotes and data.sock.fileno() >= 0:
-      self._guard(data.zygote, lambda: self._serve_child(data, events))
+    elif isinstance(owner, workers.Zygote):
+      if owner in self._zygotes:
+        self._guard(owner, lambda: self._read_zygote(owner))
+    elif owner.zygote in self._zygotes and owner.sock.fileno() >= 0:
+      self._guard(owner.zygote, lambda: self._serve_child(owner, events))
 
   def _guard(self, zygote: workers.Zygote, action) -> None:
     try:
@@ -103,8 +104,10 @@ class Supervisor:
       self._replace(zygote)
 
   def _wait_s(self) -> float:
-    times = [c.deadline for z in self._zygotes for c in z.running.values()]
+    times = [min(c.deadline, c.quiet_until) for z in self._zygotes for c in z.running.values()]
     times.append(max(self._next_tick, time.monotonic() + 0.001))
+    if self._verdicts:
+      times.append(self._next_flush)
     return max(0.0, min(times) - time.monotonic())
 
   # Client.
@@ -148,9 +151,11 @@ class Supervisor:
       self._verdicts.append([request.number, wire.from_verdict(verdict)])
 
   def _flush(self) -> None:
-    if self._verdicts:
+    """Sends what the client takes; verdicts go in groups, because each message wakes a thread."""
+    now = time.monotonic()
+    if self._verdicts and (now >= self._next_flush or not self._in_flight):
       self._outbox += wire.pack({'verdicts': self._verdicts})
-      self._verdicts = []
+      self._verdicts, self._next_flush = [], now + _GATHER_S
     if not self._outbox or self._closed:
       return
     try:
@@ -160,15 +165,14 @@ class Supervisor:
     except OSError:
       self._closed = True
       return
-    interest = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outbox else 0)
-    self._selector.modify(self._client, interest, None)
+    self._poller.watch(self._client, poller.READ | (poller.WRITE if self._outbox else 0), None)
 
   # Zygotes.
 
   def _start_zygote(self, index: int) -> None:
     zygote = workers.Zygote(index, self._options['root'], self._options['zygote'])
     self._zygotes.append(zygote)
-    self._selector.register(zygote.control, selectors.EVENT_READ, zygote)
+    self._poller.watch(zygote.control, poller.READ, zygote)
 
   def _replace(self, zygote: workers.Zygote) -> None:
     """Ends a zygote; what it was running is tried once more elsewhere."""
@@ -176,8 +180,8 @@ class Supervisor:
     lost = list(zygote.running.values()) + list(zygote.reaping.values())
     for child in [*lost, zygote.spare]:
       if child is not None and child.sock.fileno() >= 0:
-        self._selector.unregister(child.sock)
-    self._selector.unregister(zygote.control)
+        self._poller.forget(child.sock)
+    self._poller.forget(zygote.control)
     zygote.kill()
     self._count['zygote_restarts'] += 1
     if zygote.report is None:
@@ -208,7 +212,9 @@ class Supervisor:
           self._reaped(child, status, user_s + system_s, max_rss_kb)
       elif op == b'Q' and slot in zygote.running:
         child = zygote.running[slot]
-        child.extend(user_s, time.monotonic())
+        child.receive()
+        if child.end is None:
+          child.extend(user_s, time.monotonic())
         if child.end is not None:
           self._finish(child)
     if zygote.report is not None and not was_ready:
@@ -221,7 +227,7 @@ class Supervisor:
 
   def _fork(self, zygote: workers.Zygote, retire: workers.Child | None = None) -> None:
     child = zygote.fork(retire)
-    self._selector.register(child.sock, selectors.EVENT_READ, child)
+    self._poller.watch(child.sock, poller.END, child)
 
   def _probe(self, zygote: workers.Zygote) -> None:
     """The first ready zygote shows what its fence really does before any program runs."""
@@ -279,10 +285,16 @@ class Supervisor:
     return zygote.forks > self._options['recycle_forks']
 
   def _start(self, zygote: workers.Zygote, work: _Work) -> None:
+    """Hands a unit to the spare child.
+
+    Most children have reported on all their inputs within milliseconds, and close; so only that is
+    waited for at first. Whoever takes longer is read as it writes.
+    """
     child, zygote.spare = zygote.spare, None
     zygote.running[child.slot] = child
     if not child.start(work, work.unit):
-      self._selector.modify(child.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, child)
+      self._poller.watch(child.sock, poller.WRITE, child)
+    child.quiet_until = child.started + _QUIET_S
     self._count['runs'] += len(work.unit.inputs) * work.unit.repeat
     self._count['forks'] += 1
 
@@ -296,9 +308,9 @@ class Supervisor:
     return heapq.heappop(own if own and (not common or own[0] < common[0]) else common)
 
   def _serve_child(self, child: workers.Child, events: int) -> None:
-    if events & selectors.EVENT_WRITE and child.send_more():
-      self._selector.modify(child.sock, selectors.EVENT_READ, child)
-    if events & selectors.EVENT_READ:
+    if events & poller.WRITE and child.send_more():
+      self._poller.watch(child.sock, poller.READ, child)
+    if events & poller.READ:
       child.receive()
       if child.end is None:
         return
@@ -310,7 +322,7 @@ class Supervisor:
     """No more to come: the next unit starts, then the child is killed and reaped."""
     child.finished = time.monotonic()
     self._busy_s += child.finished - child.started
-    self._selector.unregister(child.sock)
+    self._poller.forget(child.sock)
     child.sock.close()
     zygote = child.zygote
     del zygote.running[child.slot]
@@ -350,6 +362,9 @@ class Supervisor:
     now = time.monotonic()
     for zygote in list(self._zygotes):
       for child in list(zygote.running.values()):
+        if now >= child.quiet_until:
+          child.quiet_until = float('inf')
+          self._poller.watch(child.sock, child.waits_for(), child)
         if now >= child.deadline:
           child.deadline = float('inf')
           self._guard(zygote, lambda z=zygote, c=child: z.ask_cpu(c))

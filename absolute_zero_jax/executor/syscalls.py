@@ -22,7 +22,7 @@ bpf=321 perf_event_open=298 keyctl=250 add_key=248 request_key=249 userfaultfd=3
 io_uring_setup=425 io_uring_enter=426 io_uring_register=427 unshare=272 setns=308 reboot=169
 swapon=167 swapoff=168 open_by_handle_at=304 landlock_create_ruleset=444
 landlock_restrict_self=446 tgkill=234 tkill=200 rt_sigqueueinfo=129 openat=257 socket=41
-capset=126 memfd_create=319 setitimer=38'''
+capset=126 memfd_create=319 setitimer=38 sched_setscheduler=144'''
 
 _AARCH64 = '''
 read=63 write=64 close=57 fstat=80 lseek=62 mmap=222 mprotect=226 munmap=215 brk=214
@@ -40,7 +40,7 @@ bpf=280 perf_event_open=241 keyctl=219 add_key=217 request_key=218 userfaultfd=2
 io_uring_setup=425 io_uring_enter=426 io_uring_register=427 unshare=97 setns=268 reboot=142
 swapon=224 swapoff=225 open_by_handle_at=265 landlock_create_ruleset=444
 landlock_restrict_self=446 tgkill=131 tkill=130 rt_sigqueueinfo=138 openat=56 socket=198
-capset=91 memfd_create=279 setitimer=103'''
+capset=91 memfd_create=279 setitimer=103 sched_setscheduler=119'''
 
 
 def _table(text: str) -> dict[str, int]:

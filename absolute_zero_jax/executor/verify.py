@@ -54,14 +54,26 @@ class Unit:
 
 
 @dataclasses.dataclass(frozen=True)
+class Frame:
+  """What one frame of a child claims, as the trusted side understands it.
+
+  Attributes:
+    outcomes: one per repetition of its input.
+    load_failed: the program's own top level raised; no other frame follows.
+  """
+  outcomes: tuple['Outcome', ...]
+  load_failed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
   """What became of a unit's process.
 
   Attributes:
-    frames: decoded JSON of the frames that arrived, at most one per input. Hostile.
+    frames: the frames that arrived, at most one per input.
     end: OK if all frames arrived, otherwise why the process stopped.
   """
-  frames: tuple[Any, ...]
+  frames: tuple[Frame, ...]
   end: Status
   error: str = ''
   wall_s: float = 0.0
@@ -219,15 +231,15 @@ class Trial:
       del self._places[unit]
     self._wall_s += report.wall_s
     self._cpu_s += report.cpu_s
-    understood = [_understand(frame, unit) for frame in report.frames[:len(part)]]
-    if report.frames and load_failed(report.frames[0]):
-      understood = understood[:1] * len(part)       # no input was reached
-    for i, outcomes in zip(part, understood):
-      self._settle(i, unit, outcomes)
-    rest = part[len(understood):]
+    frames = report.frames[:len(part)]
+    if frames and frames[0].load_failed:
+      frames = frames[:1] * len(part)       # no input was reached
+    for i, frame in zip(part, frames):
+      self._settle(i, unit, frame.outcomes)
+    rest = part[len(frames):]
     if rest:
       end = report.end if report.end is not Status.OK else Status.CRASHED
-      self._settle(rest[0], unit, [Outcome(end, error=report.error, limit_s=unit.timeout_s)])
+      self._settle(rest[0], unit, (Outcome(end, error=report.error, limit_s=unit.timeout_s),))
       self._deaths += 1
       rest = rest[1:]
       if rest and self._deaths < _MAX_DEATHS:
@@ -236,7 +248,7 @@ class Trial:
         self._outcomes[i] = Outcome(end, error='not run')
     self._finish_if_done()
 
-  def _settle(self, i: int, unit: Unit, outcomes: list[Outcome]) -> None:
+  def _settle(self, i: int, unit: Unit, outcomes: tuple[Outcome, ...]) -> None:
     """Combines the outcomes of one input's repetitions, and with those of the first process."""
     first = outcomes[0]
     if unit.group == 'nested':
@@ -316,29 +328,37 @@ def worst_of(runs: Iterable[Run]) -> tuple[Status, str]:
   return worst.status, worst.error
 
 
-def _understand(frame: Any, unit: Unit) -> list[Outcome]:
-  """Outcomes that one hostile frame claims, one per repetition."""
-  if load_failed(frame):
-    return [_outcome(['x', *frame[0][1:]], unit)] * unit.repeat
-  if type(frame) is not list or len(frame) != unit.repeat:
-    return [Outcome(Status.CRASHED, error='malformed report')]
-  return [_outcome(claim, unit) for claim in frame]
+def understand(data: bytes, unit: Unit) -> Frame:
+  """The meaning of one hostile frame.
+
+  Answers to one task mostly give the same values, so short frames are remembered.
+
+  Raises:
+    values.ValuesError: not the JSON that a frame is made of.
+  """
+  read = _understand if len(data) <= 1024 else _understand.__wrapped__
+  return read(data, unit.repeat, unit.expect_error)
 
 
-def load_failed(frame: Any) -> bool:
-  """Whether a frame says that the program's own top level raised; no other frame follows."""
-  return type(frame) is list and len(frame) == 1 and _head(frame[0]) == 'm'
+@functools.lru_cache(2048)
+def _understand(data: bytes, repeat: int, expect_error: bool) -> Frame:
+  claims = values.load_frame(data)
+  if type(claims) is list and len(claims) == 1 and _head(claims[0]) == 'm':
+    return Frame((_outcome(['x', *claims[0][1:]], expect_error),) * repeat, load_failed=True)
+  if type(claims) is not list or len(claims) != repeat:
+    return Frame((Outcome(Status.CRASHED, error='malformed report'),))
+  return Frame(tuple([_outcome(claim, expect_error) for claim in claims]))
 
 
 def _head(claim: Any) -> str:
   return claim[0] if type(claim) is list and claim and type(claim[0]) is str else ''
 
 
-def _outcome(claim: Any, unit: Unit) -> Outcome:
+def _outcome(claim: Any, expect_error: bool) -> Outcome:
   head = _head(claim)
-  if head == 'r' and unit.expect_error and len(claim) == 1:
+  if head == 'r' and expect_error and len(claim) == 1:
     return Outcome(Status.OK, 'NoError')
-  if head == 'v' and not unit.expect_error and len(claim) == 2:
+  if head == 'v' and not expect_error and len(claim) == 2:
     try:
       value = values.decode(claim[1])
       text = values.text(value)
@@ -349,16 +369,16 @@ def _outcome(claim: Any, unit: Unit) -> Outcome:
     return Outcome(Status.OK, text, value)
   if len(claim) == 2 and type(claim[1]) is str and len(claim[1]) <= 100:
     if head == 'x':
-      return _raised(claim[1], unit)
+      return _raised(claim[1], expect_error)
     if head == 'u':
       return Outcome(Status.ERROR, error=f'output: {claim[1]}')
   return Outcome(Status.CRASHED, error='malformed report')
 
 
-def _raised(name: str, unit: Unit) -> Outcome:
+def _raised(name: str, expect_error: bool) -> Outcome:
   if name == 'MemoryError':
     return Outcome(Status.MEMORY, error=name)
-  if unit.expect_error:
+  if expect_error:
     return Outcome(Status.OK, name)
   # The fence answers forbidden calls with EPERM.
   return Outcome(Status.UNSAFE if name == 'PermissionError' else Status.ERROR, error=name)

@@ -10,7 +10,7 @@ import struct
 import sys
 import time
 
-from absolute_zero_jax.executor import child, values, verify, zygote
+from absolute_zero_jax.executor import child, poller, values, verify, zygote
 from absolute_zero_jax.types import Status
 
 _BOOT = ('import sys, json; sys.path.insert(0, sys.argv[1]); '
@@ -39,7 +39,7 @@ class Child:
     self.frames: list = []
     self.end: Status | None = None
     self.error = ''
-    self.deadline = float('inf')
+    self.deadline = self.quiet_until = float('inf')
     self.started = self.finished = 0.0
     self._buffer = bytearray()
     self._unsent = memoryview(b'')
@@ -60,6 +60,10 @@ class Child:
     self.started = self._window_at = time.monotonic()
     self.deadline = self.started + timeout_s
     return self.send_more()
+
+  def waits_for(self) -> int:
+    """What to watch its socket for once it is no longer quiet."""
+    return poller.READ | (poller.WRITE if self._unsent else 0)
 
   def send_more(self) -> bool:
     """Sends what the socket takes; True when nothing is left."""
@@ -96,12 +100,14 @@ class Child:
 
   def _take_frame(self, data: bytes) -> None:
     try:
-      self.frames.append(values.load_frame(data))
+      if self.unit is None:
+        self.frames, self.end = [values.load_frame(data)], Status.OK
+        return
+      self.frames.append(verify.understand(data, self.unit))
     except values.ValuesError:
       self.end, self.error = Status.CRASHED, 'malformed report'
       return
-    if self.unit is None or len(self.frames) == len(self.unit.inputs) or (
-        verify.load_failed(self.frames[0])):
+    if len(self.frames) == len(self.unit.inputs) or self.frames[0].load_failed:
       self.end = Status.OK
 
   def extend(self, cpu_s: float, now: float) -> None:
@@ -151,7 +157,10 @@ class Zygote:
     self._next_slot = self._owed = 0
     self._buffer = b''
     self.control, theirs = socket.socketpair()
-    env = {'PYTHONHASHSEED': str(index + 1), 'LC_ALL': 'C.UTF-8'}
+    # Bound before the fork, symbols are looked up once, not in each child; and a heap with room at
+    # its end takes what a child allocates without a system call.
+    env = {'PYTHONHASHSEED': str(index + 1), 'LC_ALL': 'C.UTF-8', 'LD_BIND_NOW': '1',
+           'MALLOC_TOP_PAD_': str(1 << 20)}
     env |= {k: os.environ[k] for k in ('LD_LIBRARY_PATH', 'PYTHONHOME') if k in os.environ}
     with theirs:
       self._pids = [os.posix_spawn(

@@ -12,11 +12,11 @@ Job text goes from supervisor to child directly, so that no program can find ano
 result in the memory it was forked from. The zygote never waits for a child that it has not killed.
 """
 
+import _socket
 import array
 import gc
 import os
 import signal
-import socket
 import struct
 import sys
 import time
@@ -24,30 +24,31 @@ import time
 RECORD = struct.Struct('<cxxxII')
 # op, slot, status, user s, system s, max RSS KiB, minor faults
 REPLY = struct.Struct('<cxxxIiddII')
-# What programs may import must be in memory: a fenced process opens no file. Codecs are found by
-# name at run time ('abc'.encode('shift_jis')), so all of them are loaded.
-_PRELOAD = '''abc array base64 binascii bisect cmath collections collections.abc colorsys copy
-  dataclasses decimal difflib enum fractions functools graphlib heapq html html.entities itertools
-  json keyword math numbers operator pprint queue re reprlib statistics string struct textwrap
-  typing unicodedata zlib __future__ _strptime ast calendar datetime io locale random stringprep
-  time types warnings contextlib copyreg weakref'''.split()
+# What programs may import must be in memory: a fenced process opens no file. These modules are
+# imported late by others. Nothing more: each megabyte held here adds a tenth of a millisecond to
+# every program.
+_NEEDED = '''collections.abc contextlib copyreg html.entities stringprep types warnings
+  weakref'''.split()
 
 
 def main(options: dict) -> None:
   """Serves on descriptor 0 until it closes; `options` are `zygote_options` of the supervisor."""
-  control = socket.socket(fileno=os.dup(0))
+  control = _socket.socket(fileno=os.dup(0))
   if options['namespaces']:
     _enter_namespaces(control)
   _be_modest(options)
-  _preload()
-  from absolute_zero_jax.executor import child, fence
+  _preload(options['modules'])
+  from absolute_zero_jax.executor import child, fence, memory
+  memory.share_text()
   report = _enclose(fence, options)
   tighten = fence.tightener(cpu_s=options['cpu_s'], seccomp=report['seccomp'] == 'on')
   child.prepare()
   _warm_up(child)
   gc.collect()
-  gc.freeze()
   gc.disable()
+  memory.trim()
+  _warm_up(child)        # again, because a collection empties the interpreter's caches
+  gc.freeze()
   _announce(control, report)
   try:
     _serve(control, child, tighten)
@@ -55,7 +56,7 @@ def main(options: dict) -> None:
     os._exit(0)
 
 
-def _enter_namespaces(control: socket.socket) -> None:
+def _enter_namespaces(control: _socket.socket) -> None:
   """Continues in the first process of a new PID namespace, if the kernel allows."""
   from absolute_zero_jax.executor import fence
   status = fence.enter_namespaces()
@@ -76,10 +77,8 @@ def _enter_namespaces(control: socket.socket) -> None:
 def _be_modest(options: dict) -> None:
   """Low priority, chosen cores, first to go when memory is short: the trainer comes first."""
   os.nice(options['nice'])
-  if hasattr(os, 'sched_setscheduler'):
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    if options['cores']:
-      os.sched_setaffinity(0, options['cores'])
+  if options['cores'] and hasattr(os, 'sched_setaffinity'):
+    os.sched_setaffinity(0, options['cores'])
   try:
     with open('/proc/self/oom_score_adj', 'w') as f:
       f.write('1000')
@@ -87,29 +86,31 @@ def _be_modest(options: dict) -> None:
     pass      # no such file outside Linux, or /proc is not mounted
 
 
-def _preload() -> None:
+def _preload(modules: list[str]) -> None:
   # Modules register at-fork hooks (threading: 130 page faults in every child) that only matter to
   # processes with threads; this one never has any.
   register, os.register_at_fork = os.register_at_fork, lambda **hooks: None
   try:
-    for name in _PRELOAD:
-      __import__(name)
     _load_codecs()
+    for name in [*_NEEDED, *modules]:
+      try:
+        __import__(name)
+      except ImportError:
+        pass      # of another version or system
   finally:
     os.register_at_fork = register
 
 
 def _load_codecs() -> None:
+  """Codecs are found by name at run time: 'abc'.encode('shift_jis')."""
   import codecs
-  import encodings
   from encodings import aliases
-  for name in {*aliases.aliases.values(), 'rot_13', 'idna', 'punycode', 'unicode_escape',
-               'raw_unicode_escape', 'undefined', 'utf_8_sig'}:
+  for name in {*aliases.aliases.values(), 'idna', 'punycode', 'unicode_escape',
+               'raw_unicode_escape', 'undefined', 'utf_8_sig', 'rot_13'} - {'bz2_codec'}:
     try:
       codecs.lookup(name)
     except LookupError:
       pass      # a codec of another system, e.g. mbcs
-  encodings.search_function('utf-8')
 
 
 def _enclose(fence, options: dict) -> dict:
@@ -124,27 +125,27 @@ def _enclose(fence, options: dict) -> dict:
 
 
 def _warm_up(child) -> None:
-  """Takes every code path once, so that children find the pages written already."""
-  for program in ('def f(x):\n  return [x, {1: "a"}, (2.5, None)]',
-                  'def f(x):\n  raise ValueError(x)'):
+  """Takes every code path, so that children find the pages written and the code specialised."""
+  for program in 10 * ('def f(x):\n  return [x, {1: "a"}, (2.5, None)]',
+                       'def f(x):\n  raise ValueError(x)'):
     job = child.unpack(child.pack({'program': program, 'inputs': ['"a"', '[1]']})[4:])
     child.run(job['program'], job['inputs'], 2, False, child.frame)
   import re
   re.compile('a+b').sub('x', 'aab')
 
 
-def _announce(control: socket.socket, report: dict) -> None:
+def _announce(control: _socket.socket, report: dict) -> None:
   _send_line(control, {'report': report, 'python': sys.version.split()[0]})
 
 
-def _send_line(control: socket.socket, record: dict) -> None:
+def _send_line(control: _socket.socket, record: dict) -> None:
   import json
   control.sendall(json.dumps(record).encode() + b'\n')
 
 
 def _serve(control, child, tighten) -> None:
   pids: dict[int, int] = {}
-  fd_space = socket.CMSG_SPACE(4)
+  fd_space = _socket.CMSG_SPACE(4)
   while True:
     record, ancillary, _, _ = control.recvmsg(RECORD.size, fd_space)
     if len(record) < RECORD.size:
@@ -163,11 +164,18 @@ def _serve(control, child, tighten) -> None:
       pids[other if op == b'X' else slot] = pid
 
 
+# Programs yield to whoever wakes up, first of all to the zygote that is to stop them; it is not
+# batch work itself, or it would wait for their time slice to end.
+_BATCH = (0, os.SCHED_BATCH, os.sched_param(0)) if hasattr(os, 'SCHED_BATCH') else None
+
+
 def _become_child(fd: int, child, tighten) -> None:
   try:
     if fd != child.JOB_FD:
       os.dup2(fd, child.JOB_FD)
     os.closerange(child.JOB_FD + 1, 16)
+    if _BATCH:
+      os.sched_setscheduler(*_BATCH)
     tighten()
     child.serve()
   finally:
