@@ -235,6 +235,9 @@ def get_config() -> ConfigDict:
   c.train.micro_batch_tokens = 4096
   # Several short sequences in one row of a micro-batch.
   c.train.pack = False
+  # Allowed lengths of such a row, ascending; () = 64, 128, 256, 384, 512, 768, ... The fewer, the
+  # fewer programs are compiled.
+  c.train.length_buckets = ()
   # Answers to the same prompt hold it once; saves most where prompts are longer than answers.
   c.train.share_prompts = False
 
@@ -406,6 +409,11 @@ def validate(c: ConfigDict) -> None:
   if c.command == 'selfplay' and c.heldout.every_steps and not c.selfplay.exclude:
     raise ConfigError('heldout.every_steps > 0 scores programs that self-play must not meet: set '
                       "selfplay.exclude='heldout'.")
+  longest = c.sampler.max_prompt_tokens + max(c.sampler.max_propose_tokens,
+                                              c.sampler.max_solve_tokens)
+  if c.train.length_buckets and c.train.length_buckets[-1] < longest:
+    raise ConfigError(f'train.length_buckets={tuple(c.train.length_buckets)} must reach {longest}: '
+                      'the longest prompt and response that the sampler may make.')
   if c.roles.solve == 'base':
     raise ConfigError("roles.solve='base' would leave nothing to train; allowed: 'policy'.")
 
@@ -583,6 +591,8 @@ _CHECKS = {
     'optimizer.decay': _one_of('all', 'matrices'),
     'train.steps': _at_least(1),
     'train.minutes': _at_least(0),
+    'train.length_buckets': ((lambda x: list(x) == sorted(set(x)) and all(n >= 16 for n in x)),
+                             'ascending lengths of at least 16, or ()'),
     'train.micro_batch_tokens': _at_least(1),
     'pretrain.batch': _at_least(1),
     'pretrain.line_tokens': _at_least(64),

@@ -123,7 +123,8 @@ def plan(rows: Sequence[Row], *, micro_batch_tokens: int, blocks: int = 1, pack:
   longest = max(lengths)
   items = [[i] for i in range(len(rows))]
   if share_prompts:
-    items = _shared(rows, max(longest, min(_SHARED_LINE * longest, micro_batch_tokens // blocks)))
+    limit = min(_SHARED_LINE * longest, micro_batch_tokens // blocks, *buckets[-1:])
+    items = _shared(rows, max(longest, limit))
     lengths = [_item_length(rows, item) for item in items]
     longest = max(lengths)
   order = sorted(range(len(items)), key=lambda j: (-lengths[j], j))
@@ -136,7 +137,9 @@ def plan(rows: Sequence[Row], *, micro_batch_tokens: int, blocks: int = 1, pack:
     full = max(1, micro_batch_tokens // (T * blocks)) * blocks
     part = lines[done:done + full]
     done += len(part)
-    B = min(full, blocks * _power_of_two(-(-len(part) // blocks)))
+    # Packed lines cost little padding, so one number of lines serves every micro-batch.
+    B = full if pack and len(lines) > full else min(
+        full, blocks * _power_of_two(-(-len(part) // blocks)))
     part = [[items[j] for j in line] for line in part]
     need = _place(rows, part, B, blocks, len(shapes), places)
     shapes.append((B, T))

@@ -109,6 +109,7 @@ def learner(c: ConfigDict, model: Any, mesh: Any, algorithm: Any, optimizer: Any
       accumulate_dtype=c.optimizer.accumulate_dtype, epochs=c.algorithm.epochs,
       mini_batches=c.algorithm.mini_batches, skip_zero_rows=c.algorithm.skip_zero_rows,
       pack=c.train.pack, share_prompts=c.train.share_prompts,
+      length_buckets=tuple(c.train.length_buckets),
       micro_batch_tokens=c.train.micro_batch_tokens,
       materialize=lora.attaching(alpha=c.lora.alpha) if c.lora.rank else None)
 

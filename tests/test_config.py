@@ -71,6 +71,8 @@ def test_an_unknown_field_is_named_with_what_is_allowed():
     ({'roles.solve': 'base'}, 'nothing to train'),
     ({'algorithm.kl_coef': 0.1}, 'roles.reference'),
     ({'mesh.fsdp': -1}, 'only one axis'),
+    ({'train.length_buckets': (64,)}, 'length_buckets.* must reach'),
+    ({'train.length_buckets': (512, 256)}, 'ascending'),
 ])
 def test_fields_that_contradict_each_other_are_refused(change, words):
   c = config.get_config()

@@ -139,7 +139,8 @@ def test_the_layout_changes_nothing(params, whole, options):
 
 @pytest.mark.parametrize('options', [
     {}, dict(pack=True), dict(pack=True, micro_batch_tokens=128),
-    dict(pack=True, remat='none', micro_batch_tokens=512)])
+    dict(pack=True, remat='none', micro_batch_tokens=512),
+    dict(pack=True, micro_batch_tokens=256, length_buckets=(128,))])
 def test_sharing_the_prompts_changes_nothing(params, options):
   rows = _answers()
   plain, expected, _ = _update(params, rows)
@@ -501,6 +502,14 @@ def test_packing_wastes_less_than_padding():
                                                        pack=pack).shapes) for pack in (0, 1)}
   used = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
   assert used / cells[1] > 0.85 > used / cells[0]
+
+
+def test_packed_lines_of_one_length_need_one_shape_but_for_the_scored_tokens():
+  shapes = set()
+  for seed in range(20):
+    shapes |= set(packing.plan(_rows(96 + seed, seed, 200), micro_batch_tokens=1024, pack=True,
+                               share_prompts=True, buckets=(256,)).shapes)
+  assert {shape[:2] for shape in shapes} == {(4, 256)} and len(shapes) <= 4
 
 
 def test_few_shapes_whatever_the_lengths():
