@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a disposable child does: reads one job from descriptor 3, runs it, writes a frame per input.
 
-  job     4-byte length, marshalled {program, inputs: [text], repeat, expect_error}, see `pack`
+  job     4-byte length, marshalled {program, inputs, repeat, expect_error}, see `pack`;
+          an input is the marshalled code of a call of `f`, see `pack_call`
   frame   4-byte length, JSON list with one outcome per repetition of one input:
           ['v', tagged]   returned this value
           ['u', reason]   returned no plain value
@@ -13,6 +14,7 @@ Everything here happens in the attacker's process: frames can say anything about
 nothing about another. The trusted side decodes them with `values`, compares, and kills the process.
 """
 
+import functools
 import gc
 import json
 import marshal
@@ -70,6 +72,19 @@ def pack(job: dict) -> bytes:
   return len(data).to_bytes(4, 'little') + data
 
 
+@functools.lru_cache(2048)
+def pack_call(arguments: str) -> bytes:
+  """Canonical arguments as `run` takes them; made by the supervisor, once for all programs.
+
+  Compiling a call costs a child as much as running it. A text that cannot be compiled gives an
+  input that raises.
+  """
+  try:
+    return marshal.dumps(compile(f'f({arguments})', '<input>', 'eval', dont_inherit=True))
+  except (SyntaxError, ValueError, RecursionError, MemoryError):
+    return b''
+
+
 def unpack(data: bytes, _loads=marshal.loads) -> dict:
   return _loads(data)
 
@@ -105,7 +120,8 @@ def _send(outcomes: list, _write=os.write) -> None:
     data = data[_write(JOB_FD, data):]
 
 
-def run(program: str, inputs: list[str], repeat: int, expect_error: bool, send) -> None:
+def run(program: str, inputs: list[bytes], repeat: int, expect_error: bool, send,
+        _loads=marshal.loads) -> None:
   """Runs `f` on each input `repeat` times; `send` gets one list of outcomes per input."""
   namespace = {'__name__': 'task', '__builtins__': __builtins__}
   try:
@@ -114,13 +130,14 @@ def run(program: str, inputs: list[str], repeat: int, expect_error: bool, send) 
   except BaseException as e:
     send([['m', values.type_name(type(e))]])
     return
-  for text in inputs:
+  names = {**_INPUT_NAMES, 'f': function}
+  for packed in inputs:
     call = None
     outcomes = []
     for _ in range(repeat):
       try:
-        call = call or eval(f'lambda f: f({text})', dict(_INPUT_NAMES))
-        result = call(function)
+        call = call or _loads(packed)
+        result = eval(call, dict(names))
         outcomes.append(['r'] if expect_error else _outcome(result))
         del result
       except BaseException as e:

@@ -167,7 +167,7 @@ class Trial:
       calls = self._calls[i] if self._job.op == 'validate' else None
       text = self._job.inputs[i]
       self._inputs[i] = literals.parse_inputs(text, calls).text if calls else _inputs_of(
-          text, calls is not None)
+          text, calls is not None and not (text.isascii() and 'f' not in text))
       return False
     except literals.NeedsCall as e:
       if len(self._calls[i]) < _MAX_NESTED:
@@ -269,7 +269,9 @@ class Trial:
         first = (worst if worst.status in (Status.TIMEOUT, Status.MEMORY, Status.CRASHED)
                  else Outcome(Status.NONDETERMINISTIC, error='two calls differ'))
     if self._job.op == 'run' and first.status is not Status.CRASHED and first.error != 'not run':
-      self._cache.put(self._cache_key(i), dataclasses.replace(first, limit_s=unit.timeout_s))
+      if first.status is Status.TIMEOUT:
+        first = dataclasses.replace(first, limit_s=unit.timeout_s)
+      self._cache.put(self._cache_key(i), first)
     self._outcomes[i] = first
 
   def _finish_if_done(self) -> None:
@@ -299,8 +301,8 @@ class Trial:
         continue
       if not self._job.expect_error:
         try:
-          accepted = values.equal(literals.parse_value(o.text), o.value, 'strict')
-          reread = literals.parse_inputs(self._inputs[i]).text == self._inputs[i]
+          accepted = values.equal(_value_of(o.text), o.value, 'strict')
+          reread = _inputs_of(self._inputs[i], False) == self._inputs[i]
         except literals.LiteralError:
           accepted = reread = False
         if not (accepted and reread):

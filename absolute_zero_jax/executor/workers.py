@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The supervisor's view of one zygote and its children: sockets, frames, deadlines, no verdicts."""
 
-import array
+import _socket
 import json
 import os
 import signal
@@ -32,7 +32,7 @@ class Lost(Exception):
 class Child:
   """One child process, from its fork (ready, without a job) to its reaping."""
 
-  def __init__(self, slot: int, sock: socket.socket, owner: 'Zygote'):
+  def __init__(self, slot: int, sock: _socket.socket, owner: 'Zygote'):
     self.slot, self.sock, self.zygote = slot, sock, owner
     self.work = None              # the supervisor's record of the unit it runs
     self.unit: verify.Unit | None = None
@@ -48,8 +48,9 @@ class Child:
   def start(self, work, unit: verify.Unit) -> bool:
     """Hands the job over; the child's clock starts. False if `send_more` has more to send."""
     self.work, self.unit = work, unit
-    return self._hand_over({'program': unit.program, 'inputs': unit.inputs, 'repeat': unit.repeat,
-                     'expect_error': unit.expect_error}, unit.timeout_s)
+    return self._hand_over({
+        'program': unit.program, 'inputs': [child.pack_call(text) for text in unit.inputs],
+        'repeat': unit.repeat, 'expect_error': unit.expect_error}, unit.timeout_s)
 
   def start_probe(self) -> None:
     """Lets the child try forbidden things instead of a program; `frames` gets what it found."""
@@ -172,7 +173,7 @@ class Zygote:
 
   def fork(self, retire: Child | None = None) -> Child:
     """Asks for a new child, and for reaping `retire` in the same record; returns the child."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = _socket.socketpair()      # plain ones: half the work per program
     ours.setblocking(False)
     slot = self._next_slot = (self._next_slot + 1) & 0xFFFFFFFF
     if retire is None:
@@ -180,9 +181,11 @@ class Zygote:
     else:
       record = zygote.RECORD.pack(b'X', retire.slot, slot)
       self._expect_reply()
-    with theirs:
-      rights = array.array('i', [theirs.fileno()])
-      self._send(record, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    try:
+      rights = theirs.fileno().to_bytes(4, sys.byteorder)
+      self._send(record, [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+    finally:
+      theirs.close()
     self.forks += 1
     self.spare = Child(slot, ours, self)
     return self.spare

@@ -128,7 +128,8 @@ def _warm_up(child) -> None:
   """Takes every code path, so that children find the pages written and the code specialised."""
   for program in 10 * ('def f(x):\n  return [x, {1: "a"}, (2.5, None)]',
                        'def f(x):\n  raise ValueError(x)'):
-    job = child.unpack(child.pack({'program': program, 'inputs': ['"a"', '[1]']})[4:])
+    inputs = [child.pack_call('"a"'), child.pack_call('[1]')]
+    job = child.unpack(child.pack({'program': program, 'inputs': inputs})[4:])
     child.run(job['program'], job['inputs'], 2, False, child.frame)
   import re
   re.compile('a+b').sub('x', 'aab')
