@@ -17,7 +17,7 @@ from absolute_zero_jax.models import hub
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BASE = 'carried:tiny'
-STEPS = 20
+STEPS = 16
 CHANGES = {
     'model.name': BASE, 'train.steps': STEPS, 'train.minutes': 0.0, 'selfplay.batch': 16,
     'optimizer.learning_rate': 2e-4, 'heldout.every_steps': STEPS, 'heldout.count': 200,
