@@ -12,7 +12,6 @@ items.jsonl, so that two models can be compared item by item (`compare`).
 from collections.abc import Callable, Sequence
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import grammar, metrics, parts, selfplay, sharding
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax import tokenizer as tokenizer_lib
+from absolute_zero_jax.tasks import program
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Role, Task
 
@@ -136,6 +136,8 @@ def file_tasks(path: epath.PathLike, kinds: Sequence[str]) -> list[Task]:
     lines = epath.Path(path).read_text().splitlines()
     records = [json.loads(x) for x in lines if x.strip()]
     read = [(r['code'], r['input'], r['output']) for r in records]
+    if not all(isinstance(text, str) for texts in read for text in texts):
+      raise TypeError('a field is no text')
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise ValueError(f'heldout.parts names {str(path)!r}, which cannot be read: {e!r}. Give '
                      "'same', 'deeper', or a file whose lines hold JSON with 'code', 'input' and "
@@ -144,7 +146,7 @@ def file_tasks(path: epath.PathLike, kinds: Sequence[str]) -> list[Task]:
   if not read or not kinds:
     raise ValueError(f'{str(path)!r} holds no deduction or abduction for heldout.kinds={kinds}.')
   return [Task(kind, code, ((given, output),),
-               key=hashlib.sha256(f'{code}\0{given}'.encode()).hexdigest()[:32])
+               key=program.key('program', code, (given,)))
           for kind in kinds for code, given, output in read]
 
 

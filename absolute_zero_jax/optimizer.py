@@ -27,7 +27,8 @@ def make_optimizer(learning_rate: float = 1e-6, *, name: str = 'adamw', schedule
 
   Muon (Jordan et al., 2024; optax.contrib) orthogonalises the momentum of the layers' matrices; all
   else, embeddings and norms, is left to AdamW with Nesterov momentum and without decay. It learns
-  faster from little text; for fine-tuning stay with AdamW.
+  faster from little text; for fine-tuning stay with AdamW. It takes no `eps` and no `decay`: what
+  decays are those matrices.
 
   The gradient is clipped by the learner, not here.
 

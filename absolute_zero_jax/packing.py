@@ -137,9 +137,9 @@ def plan(rows: Sequence[Row], *, micro_batch_tokens: int, blocks: int = 1, pack:
     full = max(1, micro_batch_tokens // (T * blocks)) * blocks
     part = lines[done:done + full]
     done += len(part)
-    # Packed lines cost little padding, so one number of lines serves every micro-batch.
-    B = full if pack and len(lines) > full else min(
-        full, blocks * _power_of_two(-(-len(part) // blocks)))
+    B = min(full, blocks * _power_of_two(-(-len(part) // blocks)))
+    if pack and len(lines) > 3 * full:
+      B = full      # one shape for all, at the cost of at most a quarter of padding
     part = [[items[j] for j in line] for line in part]
     need = _place(rows, part, B, blocks, len(shapes), places)
     shapes.append((B, T))

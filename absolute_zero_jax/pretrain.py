@@ -117,6 +117,7 @@ def compiled_step(model, tx, c: config_lib.ConfigDict) -> Callable[..., Any]:
     logprob_N, _ = logprobs.score(before_ND, decoder.unembed(params),
                                   batch.tokens_BT[:, 1:].reshape(-1))
     weight_N = batch.weights_BT[:, 1:].reshape(-1)
+    # An opening of thoughts, which weighs less, counts with the prompts here.
     answer_N = (weight_N == 1).astype(jnp.float32)
     sums = {'answer': -jnp.sum(answer_N * logprob_N), 'answers': jnp.sum(answer_N),
             'prompt': -jnp.sum((weight_N > 0) * (1 - answer_N) * logprob_N),

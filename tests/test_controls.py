@@ -42,6 +42,8 @@ def play(tmp_path_factory):
     c.selfplay.batch, c.selfplay.mc_samples = 4, 4
     c.selfplay.induction_cases = 4
     c.train.length_buckets = ()
+    # Scripted inductions give numbers to a seed program; these seeds hold some that take numbers.
+    c.seed = 3
     c.sampler.max_prompt_tokens, c.seeding.tasks, c.executor.workers = 8192, 6, 2
     with run.Run(c) as current:
       current._update = lambda episodes: (episodes, {})
@@ -61,8 +63,8 @@ def test_every_control_plays(control, play):
   assert kinds == ({only} if only != control else {'abduction', 'deduction', 'induction'})
   trained = collections.Counter(e.role for it in iterations for e in it.episodes if e.train)
   assert (trained[Role.PROPOSE] == 0) == (control in ('proposer_frozen', 'solver_only'))
-  # At least two valid proposals a kind, each answered four or eight times.
-  assert trained[Role.SOLVE] >= 2 * 4 * len(kinds)
+  # Two iterations of at least four valid proposals a kind are answered four or eight times each.
+  assert trained[Role.SOLVE] > 2 * 4 * len(kinds)
   assert (current.base is not None) == (control == 'proposer_frozen')
 
 

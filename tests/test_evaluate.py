@@ -85,6 +85,9 @@ def test_programs_of_a_file_are_scored_as_they_stand(service, tmp_path):
   path.write_text('{"code": "def f(): pass"}')
   with pytest.raises(ValueError, match="'input'"):
     evaluate.file_tasks(path, KINDS)
+  path.write_text('{"code": "def f(x): pass", "input": 1, "output": "None"}')
+  with pytest.raises(ValueError, match='no text'):
+    evaluate.file_tasks(path, KINDS)
   with pytest.raises(ValueError, match='no_such.jsonl'):
     evaluate.file_tasks(tmp_path / 'no_such.jsonl', KINDS)
 

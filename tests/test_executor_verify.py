@@ -9,7 +9,7 @@ import hypothesis
 from hypothesis import strategies as st
 import pytest
 
-from absolute_zero_jax.executor import values, verify, workers
+from absolute_zero_jax.executor import reports, values, verify, workers
 from absolute_zero_jax.types import Job, Status
 
 _F = 'def f(x):\n  return x\n'
@@ -23,16 +23,16 @@ def _trial(job, **rules):
   return verify.Trial(job, verify.Rules(**rules), verify.Cache(100))
 
 
-def _drive(trial, *reports):
+def _drive(trial, *written):
   """Feeds reports, in order, to the units as they come; returns the verdict and the units."""
-  units, reports = [], list(reports)
+  units, written = [], list(written)
   while trial.verdict is None:
     for unit in trial.take():
       units.append(unit)
-      frames, end = reports.pop(0) if type(reports[0]) is tuple else (reports.pop(0), Status.OK)
-      frames = tuple(verify.understand(json.dumps(frame).encode(), unit) for frame in frames)
-      trial.feed(unit, verify.Report(frames, end, '' if end is Status.OK else end.value))
-  assert not reports
+      frames, end = written.pop(0) if type(written[0]) is tuple else (written.pop(0), Status.OK)
+      frames = tuple(reports.understand(json.dumps(frame).encode(), unit) for frame in frames)
+      trial.feed(unit, reports.Report(frames, end, '' if end is Status.OK else end.value))
+  assert not written
   return trial.verdict, units
 
 
@@ -317,5 +317,5 @@ def test_whatever_a_child_writes_ends_in_a_verdict(parts):
     trial.feed(unit, child.report(0, 0.0, 0, 512))
     while trial.verdict is None:
       for more in trial.take():
-        trial.feed(more, verify.Report((), Status.CRASHED))
+        trial.feed(more, reports.Report((), Status.CRASHED))
   assert len(trial.verdict.runs) == 3 and not any(run.matches for run in trial.verdict.runs)

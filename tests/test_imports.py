@@ -11,7 +11,7 @@ _TOKENIZER = {'tokenizer', 'tokenizer_files', 'tokenizer_gguf', 'tokenizer_spec'
 _HOST = {'tasks', 'rewards', 'buffer', 'records', 'intrinsic', 'grammar', 'documents',
          'lexicon', 'controls'} | _TOKENIZER
 ALLOWED = {                              # room -> rooms it may import
-    'types': set(), 'config': set(),
+    'types': set(), 'config': {'config_checks'}, 'config_checks': set(),
     'executor': {'types'},
     'intrinsic': set(), 'rewards': {'intrinsic'}, 'tasks': {'types', 'rewards', 'intrinsic'},
     'buffer': {'types', 'tasks', 'intrinsic'}, 'records': {'types'},
@@ -33,7 +33,7 @@ ALLOWED = {                              # room -> rooms it may import
     'seeding': {'buffer', 'selfplay', 'tasks', 'types', 'grammar'},
     'controls': {'rewards'},
 }
-NO_JAX = {'types', 'config', 'executor', 'main'} | _HOST
+NO_JAX = {'types', 'config', 'config_checks', 'executor', 'main'} | _HOST
 
 
 def _edges(path):

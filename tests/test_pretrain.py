@@ -23,6 +23,7 @@ def _config(**fields):
   c.selfplay.prompts, c.selfplay.induction_cases = 'tiny', 6
   c.pretrain.batch = 4
   c.train.steps, c.checkpoint.every_steps, c.log.every_steps = 12, 4, 4
+  c.optimizer.name = 'muon'       # as in configs/tiny_pretrain.py
   c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = 1e-2, 'cosine', 2
   for name, value in fields.items():
     section, _, field = name.partition('__')

@@ -7,7 +7,8 @@
   client      the trainer's side: options, `submit`, `run`; `link` talks to the supervisor: futures,
               backpressure, restarts
   supervisor  a program of its own: queue, deadlines, cache; drives `workers`
-  verify      the rules: job -> units of work -> verdict; golds, equality, determinism
+  verify      the rules: job -> units of work -> verdict; golds, equality, determinism; `reports`
+              reads what children write
   zygote      warm process that forks one child per program; `child` runs it behind the `fence`;
               `memory` makes forks cheap
   values      plain values, their wire form and their equality; `literals` parses model-written text

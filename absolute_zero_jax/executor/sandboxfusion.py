@@ -26,7 +26,7 @@ import urllib.error
 import urllib.request
 import warnings
 
-from absolute_zero_jax.executor import client, link, policy, values, verify
+from absolute_zero_jax.executor import client, link, policy, reports, values, verify
 from absolute_zero_jax.types import Job, Status, Verdict
 
 _RETRIES = 3                 # of a request that the server could not answer
@@ -168,7 +168,7 @@ class SandboxFusion:
       self._count[f'verdict_{trial.verdict.status.value}'] += 1
     return trial.verdict
 
-  def _run_unit(self, unit: verify.Unit) -> verify.Report:
+  def _run_unit(self, unit: reports.Unit) -> reports.Report:
     mark = f'@{secrets.token_hex(16)} '
     script = _SCRIPT.format(seed=_SEEDS.get(unit.group, '1'), mark=mark, program=unit.program,
                             inputs=list(unit.inputs), repeat=unit.repeat,
@@ -196,7 +196,7 @@ class SandboxFusion:
     raise link.ExecutorError(f'SandboxFusion at {self._url} failed {_RETRIES} times: {error}')
 
 
-def _read_answer(answer: dict, unit: verify.Unit, mark: str, wall_s: float) -> verify.Report:
+def _read_answer(answer: dict, unit: reports.Unit, mark: str, wall_s: float) -> reports.Report:
   """The report that a server's answer amounts to; its text is as hostile as the program."""
   result = answer.get('run_result')
   result = result if isinstance(result, dict) else {}
@@ -204,20 +204,20 @@ def _read_answer(answer: dict, unit: verify.Unit, mark: str, wall_s: float) -> v
   for line in str(result.get('stdout') or '').split('\n'):
     if line.startswith(mark) and len(frames) < len(unit.inputs):
       try:
-        frames.append(verify.understand(line[len(mark):].encode('utf-8', 'surrogatepass'), unit))
+        frames.append(reports.understand(line[len(mark):].encode('utf-8', 'surrogatepass'), unit))
       except values.ValuesError:
         malformed = True
         break
   seconds = result.get('execution_time')
   wall_s = float(seconds) if isinstance(seconds, (int, float)) else wall_s
   if malformed:
-    return verify.Report(tuple(frames), Status.CRASHED, 'malformed report', wall_s)
+    return reports.Report(tuple(frames), Status.CRASHED, 'malformed report', wall_s)
   if len(frames) == len(unit.inputs) or (frames and frames[0].load_failed):
-    return verify.Report(tuple(frames), Status.OK, wall_s=wall_s)
+    return reports.Report(tuple(frames), Status.OK, wall_s=wall_s)
   if result.get('status') == 'TimeLimitExceeded':
-    return verify.Report(tuple(frames), Status.TIMEOUT, 'time limit', wall_s)
+    return reports.Report(tuple(frames), Status.TIMEOUT, 'time limit', wall_s)
   code = result.get('return_code')
-  return verify.Report(tuple(frames), Status.CRASHED, f'ended with code {code}', wall_s)
+  return reports.Report(tuple(frames), Status.CRASHED, f'ended with code {code}', wall_s)
 
 
 _MODULES = policy.MODULES

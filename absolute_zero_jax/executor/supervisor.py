@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 
-from absolute_zero_jax.executor import fence, poller, verify, wire, workers
+from absolute_zero_jax.executor import fence, poller, reports, verify, wire, workers
 from absolute_zero_jax.types import Status
 
 _TICK_S = 0.2               # how often zygotes are looked at while there is work
@@ -37,7 +37,7 @@ _MUST_FAIL = ('read a file', 'list a folder', 'write a file', 'make a TCP socket
 class _Work:
   """A unit in the queue or in a child, with every request that waits for it."""
 
-  def __init__(self, unit: verify.Unit, priority: int, order: int):
+  def __init__(self, unit: reports.Unit, priority: int, order: int):
     self.unit, self.priority, self.order = unit, priority, order
     self.waiting: list[_Request] = []
     self.attempts = 0
@@ -62,7 +62,7 @@ class Supervisor:
     self._cache = verify.Cache(options['cache_size'])
     self._inbox, self._outbox = wire.Inbox(), bytearray()
     self._queues: dict[str, list[_Work]] = {'a': [], 'b': [], '': []}     # '': any group
-    self._in_flight: dict[verify.Unit, _Work] = {}
+    self._in_flight: dict[reports.Unit, _Work] = {}
     self._order = itertools.count()
     self._poller = poller.Poller()
     self._zygotes: list[workers.Zygote] = []
@@ -200,7 +200,7 @@ class Supervisor:
       self._count['retries'] += 1
       heapq.heappush(self._queue(work.unit), work)
     else:
-      self._answer(work, verify.Report((), Status.CRASHED, f'lost {_MAX_ATTEMPTS} workers'))
+      self._answer(work, reports.Report((), Status.CRASHED, f'lost {_MAX_ATTEMPTS} workers'))
 
   def _read_zygote(self, zygote: workers.Zygote) -> None:
     was_ready = zygote.report is not None
@@ -298,7 +298,7 @@ class Supervisor:
     self._count['runs'] += len(work.unit.inputs) * work.unit.repeat
     self._count['forks'] += 1
 
-  def _queue(self, unit: verify.Unit) -> list[_Work]:
+  def _queue(self, unit: reports.Unit) -> list[_Work]:
     return self._queues[unit.group if unit.group in ('a', 'b') else '']
 
   def _next(self, group: str) -> _Work | None:
@@ -349,7 +349,7 @@ class Supervisor:
     else:
       self._answer(child.work, report)
 
-  def _answer(self, work: _Work, report: verify.Report) -> None:
+  def _answer(self, work: _Work, report: reports.Report) -> None:
     self._in_flight.pop(work.unit, None)
     waiting, work.waiting = work.waiting, []
     for request in waiting:

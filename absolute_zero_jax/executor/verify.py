@@ -20,7 +20,7 @@ import functools
 import hashlib
 from typing import Any
 
-from absolute_zero_jax.executor import literals, policy, values
+from absolute_zero_jax.executor import literals, policy, reports, values
 from absolute_zero_jax.types import Job, Run, Status, Verdict
 
 MAX_CALLS = 64              # inputs in one process
@@ -40,54 +40,6 @@ class Rules:
   modules: frozenset[str] = policy.MODULES
   validate_timeout_s: float = 2.0
   score_timeout_s: float = 4.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-  """Work for one child process."""
-  program: str
-  inputs: tuple[str, ...]
-  repeat: int
-  expect_error: bool
-  group: str                   # 'a', 'b' (another hash seed); '', 'nested': any process
-  timeout_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Frame:
-  """What one frame of a child claims, as the trusted side understands it.
-
-  Attributes:
-    outcomes: one per repetition of its input.
-    load_failed: the program's own top level raised; no other frame follows.
-  """
-  outcomes: tuple['Outcome', ...]
-  load_failed: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """What became of a unit's process.
-
-  Attributes:
-    frames: the frames that arrived, at most one per input.
-    end: OK if all frames arrived, otherwise why the process stopped.
-  """
-  frames: tuple[Frame, ...]
-  end: Status
-  error: str = ''
-  wall_s: float = 0.0
-  cpu_s: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """One call's result as the trusted side understands it; `value` only where status is ok."""
-  status: Status
-  text: str = ''
-  value: Any = None
-  error: str = ''
-  limit_s: float = 0.0
 
 
 class Cache:
@@ -121,17 +73,17 @@ class Trial:
   def __init__(self, job: Job, rules: Rules, cache: Cache):
     self.verdict: Verdict | None = None
     self._job, self._rules, self._cache = job, rules, cache
-    self._outcomes: list[Outcome | None] = [None] * len(job.inputs)
+    self._outcomes: list[reports.Outcome | None] = [None] * len(job.inputs)
     self._inputs = [''] * len(job.inputs)
     self._calls: list[dict[str, Any]] = [{} for _ in job.inputs]
     self._program, self._key = '', ''
-    self._units: list[Unit] = []
-    self._places: dict[Unit, list[int]] = {}
+    self._units: list[reports.Unit] = []
+    self._places: dict[reports.Unit, list[int]] = {}
     self._deaths, self._wall_s, self._cpu_s = 0, 0.0, 0.0
     self._second_look = False
     self._start()
 
-  def take(self) -> list[Unit]:
+  def take(self) -> list[reports.Unit]:
     """Units to run now; each must be fed back once."""
     units, self._units = self._units, []
     return units
@@ -166,8 +118,11 @@ class Trial:
     try:
       calls = self._calls[i] if self._job.op == 'validate' else None
       text = self._job.inputs[i]
-      self._inputs[i] = literals.parse_inputs(text, calls).text if calls else _inputs_of(
-          text, calls is not None and not (text.isascii() and 'f' not in text))
+      # A call of f needs its letter (or one of another script, which Python reads as f); texts
+      # without are remembered for both kinds of job at once.
+      may_call = calls is not None and not (text.isascii() and 'f' not in text)
+      self._inputs[i] = (literals.parse_inputs(text, calls).text if calls
+                         else _inputs_of(text, may_call))
       return False
     except literals.NeedsCall as e:
       if len(self._calls[i]) < _MAX_NESTED:
@@ -177,7 +132,7 @@ class Trial:
     except literals.LiteralError as e:
       error = str(e)
     self._inputs[i] = ''
-    self._outcomes[i] = Outcome(Status.REJECTED, error=f'input: {error}')
+    self._outcomes[i] = reports.Outcome(Status.REJECTED, error=f'input: {error}')
     return False
 
   def _gate(self) -> None:
@@ -217,14 +172,14 @@ class Trial:
     repeat = 2 if group == 'a' else 1
     for start in range(0, len(places), MAX_CALLS // repeat):
       part = places[start:start + MAX_CALLS // repeat]
-      unit = Unit(self._program, tuple(self._inputs[i] for i in part), repeat,
+      unit = reports.Unit(self._program, tuple(self._inputs[i] for i in part), repeat,
                   self._job.expect_error and group != 'nested', group, self._limit_s())
       self._units.append(unit)
       # Equal units of one job give equal reports; each place is answered by its own.
       self._places.setdefault(unit, []).append(part)
     self._finish_if_done()
 
-  def feed(self, unit: Unit, report: Report) -> None:
+  def feed(self, unit: reports.Unit, report: reports.Report) -> None:
     """Takes the report of a unit that `take` returned."""
     part = self._places[unit].pop()
     if not self._places[unit]:
@@ -239,35 +194,37 @@ class Trial:
     rest = part[len(frames):]
     if rest:
       end = report.end if report.end is not Status.OK else Status.CRASHED
-      self._settle(rest[0], unit, (Outcome(end, error=report.error, limit_s=unit.timeout_s),))
+      died = reports.Outcome(end, error=report.error, limit_s=unit.timeout_s)
+      self._settle(rest[0], unit, (died,))
       self._deaths += 1
       rest = rest[1:]
       if rest and self._deaths < _MAX_DEATHS:
         self._schedule(unit.group, rest)
       for i in rest if self._deaths >= _MAX_DEATHS else ():
-        self._outcomes[i] = Outcome(end, error='not run')
+        self._outcomes[i] = reports.Outcome(end, error='not run')
     self._finish_if_done()
 
-  def _settle(self, i: int, unit: Unit, outcomes: tuple[Outcome, ...]) -> None:
+  def _settle(self, i: int, unit: reports.Unit, outcomes: tuple[reports.Outcome, ...]) -> None:
     """Combines the outcomes of one input's repetitions, and with those of the first process."""
     first = outcomes[0]
     if unit.group == 'nested':
       self._calls[i][self._inputs[i]] = first.value
       self._inputs[i] = ''
       if first.status is not Status.OK:
-        self._outcomes[i] = Outcome(Status.REJECTED, error=f'input: f(..) gave {first.error}')
+        self._outcomes[i] = reports.Outcome(Status.REJECTED,
+                                            error=f'input: f(..) gave {first.error}')
       return
     if unit.group == 'b':
       earlier = self._outcomes[i]
       if not _same(earlier, first) and first.status not in (Status.TIMEOUT, Status.MEMORY):
-        first = Outcome(Status.NONDETERMINISTIC, error='two processes differ')
+        first = reports.Outcome(Status.NONDETERMINISTIC, error='two processes differ')
       elif first.status is Status.OK:
         first = earlier
     elif first.status is Status.OK or len(outcomes) > 1:
       worst = max(outcomes, key=lambda o: SEVERITY.index(o.status))
       if not all(_same(first, o) for o in outcomes):
         first = (worst if worst.status in (Status.TIMEOUT, Status.MEMORY, Status.CRASHED)
-                 else Outcome(Status.NONDETERMINISTIC, error='two calls differ'))
+                 else reports.Outcome(Status.NONDETERMINISTIC, error='two calls differ'))
     if self._job.op == 'run' and first.status is not Status.CRASHED and first.error != 'not run':
       if first.status is Status.TIMEOUT:
         first = dataclasses.replace(first, limit_s=unit.timeout_s)
@@ -306,7 +263,7 @@ class Trial:
         except literals.LiteralError:
           accepted = reread = False
         if not (accepted and reread):
-          self._outcomes[i] = Outcome(Status.ERROR, error='gold does not verify itself')
+          self._outcomes[i] = reports.Outcome(Status.ERROR, error='gold does not verify itself')
           continue
       self._cache.put(self._cache_key(i), o)
 
@@ -330,63 +287,7 @@ def worst_of(runs: Iterable[Run]) -> tuple[Status, str]:
   return worst.status, worst.error
 
 
-def understand(data: bytes, unit: Unit) -> Frame:
-  """The meaning of one hostile frame.
-
-  Answers to one task mostly give the same values, so short frames are remembered.
-
-  Raises:
-    values.ValuesError: not the JSON that a frame is made of.
-  """
-  read = _understand if len(data) <= 1024 else _understand.__wrapped__
-  return read(data, unit.repeat, unit.expect_error)
-
-
-@functools.lru_cache(2048)
-def _understand(data: bytes, repeat: int, expect_error: bool) -> Frame:
-  claims = values.load_frame(data)
-  if type(claims) is list and len(claims) == 1 and _head(claims[0]) == 'm':
-    return Frame((_outcome(['x', *claims[0][1:]], expect_error),) * repeat, load_failed=True)
-  if type(claims) is not list or len(claims) != repeat:
-    return Frame((Outcome(Status.CRASHED, error='malformed report'),))
-  return Frame(tuple([_outcome(claim, expect_error) for claim in claims]))
-
-
-def _head(claim: Any) -> str:
-  return claim[0] if type(claim) is list and claim and type(claim[0]) is str else ''
-
-
-def _outcome(claim: Any, expect_error: bool) -> Outcome:
-  head = _head(claim)
-  if head == 'r' and expect_error and len(claim) == 1:
-    return Outcome(Status.OK, 'NoError')
-  if head == 'v' and not expect_error and len(claim) == 2:
-    try:
-      value = values.decode(claim[1])
-      text = values.text(value)
-    except (values.ValuesError, ValueError, RecursionError) as e:
-      return Outcome(Status.CRASHED if 'malformed' in str(e) else Status.ERROR, error=str(e)[:80])
-    if len(text) > literals.MAX_CHARS:
-      return Outcome(Status.ERROR, error='output: too long')
-    return Outcome(Status.OK, text, value)
-  if len(claim) == 2 and type(claim[1]) is str and len(claim[1]) <= 100:
-    if head == 'x':
-      return _raised(claim[1], expect_error)
-    if head == 'u':
-      return Outcome(Status.ERROR, error=f'output: {claim[1]}')
-  return Outcome(Status.CRASHED, error='malformed report')
-
-
-def _raised(name: str, expect_error: bool) -> Outcome:
-  if name == 'MemoryError':
-    return Outcome(Status.MEMORY, error=name)
-  if expect_error:
-    return Outcome(Status.OK, name)
-  # The fence answers forbidden calls with EPERM.
-  return Outcome(Status.UNSAFE if name == 'PermissionError' else Status.ERROR, error=name)
-
-
-def _same(a: Outcome, b: Outcome) -> bool:
+def _same(a: reports.Outcome, b: reports.Outcome) -> bool:
   if a.status is not b.status:
     return False
   if a.status is not Status.OK:
@@ -404,7 +305,7 @@ def _inputs_of(text: str, may_call: bool) -> str:
   return literals.parse_inputs(text, {} if may_call else None).text
 
 
-def _matches(o: Outcome, expected: str, expect_error: bool, rules: Rules) -> bool:
+def _matches(o: reports.Outcome, expected: str, expect_error: bool, rules: Rules) -> bool:
   if expected == o.text:
     return True
   if expect_error:

@@ -10,7 +10,7 @@ import struct
 import sys
 import time
 
-from absolute_zero_jax.executor import child, poller, values, verify, zygote
+from absolute_zero_jax.executor import child, poller, reports, values, zygote
 from absolute_zero_jax.types import Status
 
 _BOOT = ('import sys, json; sys.path.insert(0, sys.argv[1]); '
@@ -35,7 +35,7 @@ class Child:
   def __init__(self, slot: int, sock: _socket.socket, owner: 'Zygote'):
     self.slot, self.sock, self.zygote = slot, sock, owner
     self.work = None              # the supervisor's record of the unit it runs
-    self.unit: verify.Unit | None = None
+    self.unit: reports.Unit | None = None
     self.frames: list = []
     self.end: Status | None = None
     self.error = ''
@@ -45,7 +45,7 @@ class Child:
     self._unsent = memoryview(b'')
     self._window_at, self._window_cpu = 0.0, 0.0
 
-  def start(self, work, unit: verify.Unit) -> bool:
+  def start(self, work, unit: reports.Unit) -> bool:
     """Hands the job over; the child's clock starts. False if `send_more` has more to send."""
     self.work, self.unit = work, unit
     return self._hand_over({
@@ -104,7 +104,7 @@ class Child:
       if self.unit is None:
         self.frames, self.end = [values.load_frame(data)], Status.OK
         return
-      self.frames.append(verify.understand(data, self.unit))
+      self.frames.append(reports.understand(data, self.unit))
     except values.ValuesError:
       self.end, self.error = Status.CRASHED, 'malformed report'
       return
@@ -124,7 +124,7 @@ class Child:
     else:
       self.deadline = now + max(limit - cpu_s, 0.005)
 
-  def report(self, status: int, cpu_s: float, max_rss_kb: int, memory_mb: int) -> verify.Report:
+  def report(self, status: int, cpu_s: float, max_rss_kb: int, memory_mb: int) -> reports.Report:
     """The report of the reaped process."""
     end, error = self.end, self.error
     if end is Status.CRASHED and os.WIFSIGNALED(status):
@@ -133,7 +133,7 @@ class Child:
       if number == signal.SIGKILL:
         end = Status.MEMORY if max_rss_kb > memory_mb * 512 else end
         error = KILLED if self.error == _SILENT else self.error
-    return verify.Report(tuple(self.frames), end, error, self.finished - self.started, cpu_s)
+    return reports.Report(tuple(self.frames), end, error, self.finished - self.started, cpu_s)
 
 
 class Zygote:

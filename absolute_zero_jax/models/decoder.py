@@ -228,7 +228,8 @@ def hidden(config: ModelConfig, params: Params, tokens_BT: jax.Array,
   """Final hidden states [B, T, D], after the last norm, in `dtype`.
 
   A token sees the tokens before it in its row that have its segment number; 0 is padding, whose
-  outputs are finite and mean nothing. Positions count from 0 in each segment, so padding and
+  outputs are finite and mean nothing; from `attention.GROUP` on, numbers say more (see
+  `attention.attend`). Positions count from 0 in each segment, so padding and
   packing change no number.
   """
   module = Decoder(config, dtype, remat, attention, mesh=mesh)

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a config may hold: known fields, possible values, and no fields that contradict each other.
+
+`config.validate` is the way in. Nothing here touches a device or a file.
+"""
+
+from collections.abc import Callable
+import difflib
+from typing import Any
+
+import ml_collections
+
+ConfigDict = ml_collections.ConfigDict
+
+
+class ConfigError(ValueError):
+  """A config value that cannot work; the message names the field, the value and what is allowed."""
+
+
+def check(c: ConfigDict, reference: ConfigDict) -> None:
+  """Raises `ConfigError` for the first field of `c` that cannot work; `reference` has them all."""
+  _check_tree(c, reference, '')
+  for field, (claim, allowed) in _CHECKS.items():
+    value = get_field(c, field)
+    if not claim(value):
+      raise ConfigError(f'{field}={value!r} is impossible; allowed: {allowed}.')
+  _check_together(c)
+
+
+def check_field(c: ConfigDict, field: str) -> None:
+  """Raises `ConfigError` unless the dotted name `field` is a field of `c`."""
+  section, done = c, []
+  for part in field.split('.'):
+    if not isinstance(section, ConfigDict):
+      raise ConfigError(f'{field} is no config field: {".".join(done)} is a value, no section.')
+    if part not in section:
+      if '.'.join(done) in _OPEN:
+        return
+      raise ConfigError(f'{field} is no config field; allowed in {".".join(done) or "config"}: '
+                        f'{", ".join(sorted(section))}.{did_you_mean(part, section)}')
+    section = section[part]
+    done.append(part)
+  if isinstance(section, ConfigDict) and field not in _OPEN:
+    raise ConfigError(f'{field} is a section; set one of its fields: {", ".join(sorted(section))}.')
+
+
+def did_you_mean(name: str, options: Any) -> str:
+  """The end of an error message: the option that looks most like `name`, or ''."""
+  close = difflib.get_close_matches(name, list(options), n=1)
+  return f' Did you mean {close[0]!r}?' if close else ''
+
+
+def get_field(c: ConfigDict, field: str) -> Any:
+  """The value or section with this dotted name."""
+  for part in field.split('.'):
+    c = c[part]
+  return c
+
+
+def _check_together(c: ConfigDict) -> None:
+  """Refuses values that are possible alone and not with each other."""
+  axes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
+  if axes.count(-1) > 1:
+    raise ConfigError(f'mesh={tuple(axes)}: only one axis may be -1 (all devices that are left).')
+  if c.algorithm.kl_coef and c.roles.reference == 'none':
+    raise ConfigError("algorithm.kl_coef > 0 needs a reference: set roles.reference='base'.")
+  if c.selfplay.train_propose and c.roles.propose == 'base':
+    raise ConfigError("roles.propose='base' plays the frozen weights, which cannot be trained: "
+                      'set selfplay.train_propose=False.')
+  others = set(c.selfplay.kinds) - {'abduction', 'deduction', 'induction'}
+  if c.command == 'seed' and others:
+    raise ConfigError("command='seed': seed files hold tasks of abduction, deduction and "
+                      f'induction; leave {sorted(others)} out of selfplay.kinds.')
+  if c.selfplay.mc_use == 'reuse' and c.selfplay.solve_source == 'lagged':
+    raise ConfigError("selfplay.mc_use='reuse' solves this iteration's tasks: set "
+                      "selfplay.solve_source='fresh'.")
+  if c.command == 'selfplay' and c.heldout.every_steps and not c.selfplay.exclude:
+    raise ConfigError('heldout.every_steps > 0 scores programs that self-play must not meet: set '
+                      "selfplay.exclude='heldout'.")
+  longest = c.sampler.max_prompt_tokens + max(c.sampler.max_propose_tokens,
+                                              c.sampler.max_solve_tokens)
+  if c.train.length_buckets and c.train.length_buckets[-1] < longest:
+    raise ConfigError(f'train.length_buckets={tuple(c.train.length_buckets)} must reach {longest}: '
+                      'the longest prompt and response that the sampler may make.')
+  if c.roles.solve == 'base':
+    raise ConfigError("roles.solve='base' would leave nothing to train; allowed: 'policy'.")
+
+
+# Sections whose keys are free: their owners check them.
+_OPEN = ('executor.options', 'selfplay.kind_options', 'reward.intrinsic',
+         'algorithm.role_estimators', 'algorithm.role_weights')
+
+
+def _check_tree(c: ConfigDict, reference: ConfigDict, prefix: str) -> None:
+  for key in c:
+    name = f'{prefix}{key}'
+    if key not in reference:
+      raise ConfigError(f'{name} is no config field; allowed here: '
+                        f'{", ".join(sorted(reference))}.{did_you_mean(key, reference)}')
+    value, default = c[key], reference[key]
+    if isinstance(default, ConfigDict):
+      if not isinstance(value, ConfigDict):
+        raise ConfigError(f'{name}={value!r} must be a section with fields {sorted(default)}.')
+      if name not in _OPEN:
+        _check_tree(value, default, f'{name}.')
+    elif not _same_type(value, default):
+      raise ConfigError(f'{name}={value!r} must be of type {type(default).__name__}, '
+                        f'like the default {default!r}.')
+  for key in reference:
+    if key not in c:
+      raise ConfigError(f'{prefix}{key} is missing; start from config.get_config().')
+
+
+def _same_type(value: Any, default: Any) -> bool:
+  if isinstance(default, bool) or isinstance(value, bool):
+    return isinstance(value, bool) and isinstance(default, bool)
+  if isinstance(default, float):
+    return isinstance(value, int | float)
+  if isinstance(default, tuple):
+    return isinstance(value, tuple | list)
+  return isinstance(value, type(default))
+
+
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+  return (lambda x: x in names), 'one of ' + ', '.join(repr(n) for n in names)
+
+
+def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
+  return (lambda x: x >= low), f'{low} or more'
+
+
+def _above(low: float) -> tuple[Callable[[Any], bool], str]:
+  return (lambda x: x > low), f'more than {low}'
+
+
+def _between(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
+  return (lambda x: low <= x <= high), f'{low} to {high}'
+
+
+_AXIS = ((lambda x: x == -1 or x >= 1), '1 or more, or -1 for all devices that are left')
+_DTYPE = _one_of('float32', 'bfloat16')
+
+_CHECKS = {
+    'command': _one_of('selfplay', 'seed', 'pretrain', 'evaluate'),
+    'seed': _between(0, 2**31 - 1),
+    'model.name': ((lambda x: bool(x.strip())), 'a directory, a .gguf file, an HF id or an alias'),
+    'model.dtype': _DTYPE,
+    'model.param_dtype': _DTYPE,
+    'model.remat': _one_of('none', 'full', 'dots'),
+    'model.attention': _one_of('xla', 'cudnn'),
+    'roles.propose': _one_of('policy', 'base'),
+    'roles.solve': _one_of('policy', 'base'),
+    'roles.reference': _one_of('none', 'base'),
+    'mesh.data': _AXIS,
+    'mesh.fsdp': _AXIS,
+    'mesh.tensor': _AXIS,
+    'selfplay.kinds': ((lambda x: len(x) > 0 and all(isinstance(k, str) for k in x)
+                        and len(set(x)) == len(x)), 'one or more distinct names of task kinds'),
+    'selfplay.batch': _at_least(1),
+    'selfplay.mc_samples': _at_least(1),
+    'selfplay.references': _at_least(0),
+    'selfplay.induction_cases': _at_least(2),
+    'selfplay.solve_source': _one_of('fresh', 'lagged'),
+    'selfplay.draw': _one_of('max_new', 'half_new', 'uniform_total', 'step'),
+    'selfplay.recent_steps': _at_least(1),
+    'selfplay.reference_draw': _one_of('uniform', 'step'),
+    'selfplay.buffer_size': _at_least(1),
+    'selfplay.eviction': _one_of('ring', 'reservoir'),
+    'selfplay.format_rule': _one_of('', 'strict', 'azr'),
+    'selfplay.mc_use': _one_of('measure', 'train', 'reuse'),
+    'selfplay.solve_samples': _at_least(1),
+    'selfplay.probes': _between(0, 8),
+    'selfplay.updates': _at_least(1),
+    'selfplay.solver_only_steps': _at_least(0),
+    'selfplay.keep': _one_of('all', 'non_one', 'non_extremes'),
+    'seeding.tasks': _at_least(1),
+    'reward.seed': _between(0, 2**31 - 1),
+    'seeding.clean': ((lambda x: set(x) <= {'comments', 'globals', 'prints'}),
+                      "some of 'comments', 'globals', 'prints'"),
+    'seeding.patience': _at_least(1),
+    'sampler.slots': _at_least(1),
+    'sampler.chunk': _at_least(1),
+    'sampler.max_prompt_tokens': _at_least(1),
+    'sampler.max_propose_tokens': _at_least(1),
+    'sampler.max_solve_tokens': _at_least(1),
+    'sampler.temperature': _above(0),
+    'sampler.top_k': _at_least(0),
+    'sampler.top_p': ((lambda x: 0 < x <= 1), 'more than 0, at most 1'),
+    'sampler.min_p': ((lambda x: 0 <= x < 1), '0 or more, less than 1'),
+    'executor.min_isolation': _one_of('full', 'standard', 'weak'),
+    'executor.workers': _at_least(0),
+    'executor.validate_timeout_s': _above(0),
+    'executor.score_timeout_s': _above(0),
+    'executor.memory_mb': _at_least(64),
+    'algorithm.old_logprobs': _one_of('auto', 'current', 'recompute', 'sampler'),
+    'algorithm.mismatch_bound': _at_least(0),
+    'algorithm.epochs': _at_least(1),
+    'algorithm.mini_batches': _at_least(1),
+    'optimizer.name': _one_of('adamw', 'muon'),
+    'optimizer.learning_rate': _at_least(0),
+    'optimizer.warmup_steps': _at_least(0),
+    'optimizer.schedule': _one_of('constant', 'cosine'),
+    'optimizer.b1': ((lambda x: 0 <= x < 1), '0 or more, less than 1'),
+    'optimizer.b2': ((lambda x: 0 <= x < 1), '0 or more, less than 1'),
+    'optimizer.eps': _above(0),
+    'optimizer.weight_decay': _at_least(0),
+    'optimizer.clip_norm': _above(0),
+    'optimizer.moment_dtype': _DTYPE,
+    'optimizer.accumulate_dtype': _DTYPE,
+    'optimizer.decay': _one_of('all', 'matrices'),
+    'train.steps': _at_least(1),
+    'train.minutes': _at_least(0),
+    'train.length_buckets': ((lambda x: list(x) == sorted(set(x)) and all(n >= 16 for n in x)),
+                             'ascending lengths of at least 16, or ()'),
+    'train.micro_batch_tokens': _at_least(1),
+    'pretrain.batch': _at_least(1),
+    'pretrain.line_tokens': _at_least(64),
+    'pretrain.depths': ((lambda x: bool(x) and all(d in range(6) for d in x)),
+                        'numbers of statements, 0 to 5'),
+    'pretrain.propose': _between(0, 1),
+    'pretrain.induce': _between(0, 1),
+    'pretrain.questions': _between(1, 6),
+    'pretrain.think': _between(0, 1),
+    'pretrain.think_prior': ((lambda x: 0 <= x < 1), '0 or more, less than 1'),
+    'pretrain.prompt_weight': _between(0, 1),
+    'pretrain.references': _at_least(0),
+    'heldout.seed': _between(0, 2**31 - 1),
+    'heldout.count': _at_least(1),
+    'heldout.parts': ((lambda x: bool(x) and all(
+        p in ('same', 'deeper') or str(p).endswith('.jsonl') for p in x)),
+                      "some of 'same', 'deeper', or paths of .jsonl files"),
+    'heldout.samples': _at_least(0),
+    'heldout.kinds': ((lambda x: bool(x) and set(x) <= {'deduction', 'abduction', 'induction'}),
+                      "some of 'deduction', 'abduction', 'induction'"),
+    'heldout.every_steps': _at_least(0),
+    'lora.rank': _at_least(0),
+    'lora.targets': ((lambda x: len(x) > 0), 'one or more names of projections'),
+    'lora.alpha': _above(0),
+    'checkpoint.every_steps': _at_least(1),
+    'checkpoint.keep': _at_least(1),
+    'log.every_steps': _at_least(1),
+    'log.samples': _at_least(0),
+    'log.flag_words': ((lambda x: all(isinstance(w, str) and w.strip() for w in x)),
+                       'words that are not empty'),
+}
