@@ -18,6 +18,7 @@ from huggingface_hub import constants, errors
 import numpy as np
 import pytest
 
+from absolute_zero_jax import tokenizer
 from absolute_zero_jax.models import hf, hub, loading, wheel
 
 HUB_ID = 'HuggingFaceTB/SmolLM2-135M-Instruct'
@@ -64,6 +65,20 @@ def test_a_carried_model_has_a_name_of_its_own(tmp_path, monkeypatch):
   for name in ('half', 'small/..', ''):
     with pytest.raises(ValueError, match='it carries: small'):
       hub.resolve(f'carried:{name}')
+
+
+def test_the_models_that_come_with_the_package_load_and_read_text_alike():
+  names = sorted(path.name for path in hub.CARRIED.iterdir() if path.is_dir())
+  assert 'tiny' in names
+  base = loading.load('carried:tiny')
+  text = "def f(a, b):\n    c = [i for i in a if i > 2]\n    return {'é': c[-1]}\nf([3], 12)"
+  for name in names:
+    model, params, folder = loading.load(f'carried:{name}')
+    assert model == base[0] and folder == hub.CARRIED / name
+    assert tokenizer.load(folder).encode(text) == tokenizer.load(base[2]).encode(text)
+    changed = np.abs(np.asarray(params['embed']) - np.asarray(base[1]['embed'])).max()
+    assert (changed > 0) == (name != 'tiny')
+  assert sum(f.stat().st_size for f in hub.CARRIED.rglob('model.safetensors')) < 20e6
 
 
 def hub_folder(folder):

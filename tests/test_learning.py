@@ -31,19 +31,26 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope='module')
 def scores(tmp_path_factory):
-  """{control: (items of the base, items after the run)}; the command line plays, on one device."""
+  """{control: (items of the base, items after the run)}; two command lines play side by side."""
+  flags = [f'--config.{field}={value}' for field, value in CHANGES.items()]
+  workdirs = {control: epath.Path(tmp_path_factory.mktemp(control))
+              for control in ('none', 'random_rewards')}
+  started = {control: subprocess.Popen(
+      [sys.executable, '-m', 'absolute_zero_jax.main', '--config',
+       f'configs/tiny.py:control={control}', '--workdir', str(workdir), *flags], cwd=ROOT,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      env=os.environ | {'XLA_FLAGS': ''}) for control, workdir in workdirs.items()}
   out = {}
-  for control in ('none', 'random_rewards'):
-    workdir = epath.Path(tmp_path_factory.mktemp(control))
-    flags = [f'--config.{field}={value}' for field, value in CHANGES.items()]
-    done = subprocess.run(
-        [sys.executable, '-m', 'absolute_zero_jax.main', '--config',
-         f'configs/tiny.py:control={control}', '--workdir', str(workdir), *flags], cwd=ROOT,
-        capture_output=True, text=True, timeout=600, env=os.environ | {'XLA_FLAGS': ''})
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    out[control] = tuple(evaluate.read_items(workdir / 'heldout' / f'{step:06d}.jsonl')
-                         for step in (0, STEPS))
+  try:
+    for control, process in started.items():
+      printed, errors = process.communicate(timeout=900)
+      assert process.returncode == 0, errors
+      print(printed)
+      out[control] = tuple(evaluate.read_items(workdirs[control] / 'heldout' / f'{step:06d}.jsonl')
+                           for step in (0, STEPS))
+  finally:
+    for process in started.values():
+      process.kill()
   return out
 
 
