@@ -20,7 +20,7 @@ BASE = 'carried:tiny'
 STEPS = 16
 CHANGES = {
     'model.name': BASE, 'train.steps': STEPS, 'train.minutes': 0.0, 'selfplay.batch': 16,
-    'optimizer.learning_rate': 2e-4, 'heldout.every_steps': STEPS, 'heldout.count': 200,
+    'optimizer.learning_rate': 2e-4, 'heldout.every_steps': STEPS, 'heldout.count': 400,
     'heldout.samples': 4, 'heldout.seed': 7, 'checkpoint.every_steps': STEPS,
     'checkpoint.export': False}
 
@@ -60,7 +60,7 @@ def _gain(before, after):
 
 def test_self_play_raises_the_sampled_mean_beyond_its_noise(scores):
   gain, low, _ = _gain(*scores['none'])
-  assert low > 0, f'sampled mean {gain:+.3f}, 95 % from {low:+.3f}'
+  assert low > 0.01, f'sampled mean {gain:+.3f}, 95 % from {low:+.3f}'
 
 
 def test_random_rewards_do_not(scores):
@@ -68,4 +68,4 @@ def test_random_rewards_do_not(scores):
   assert low <= 0, f'sampled mean {gain:+.3f}, 95 % from {low:+.3f}'
   # And the true rewards end above the coin, program by program.
   assert scores['none'][0] == scores['random_rewards'][0]
-  assert _gain(scores['random_rewards'][1], scores['none'][1])[1] > 0
+  assert _gain(scores['random_rewards'][1], scores['none'][1])[1] > 0.01
