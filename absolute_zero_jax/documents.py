@@ -16,13 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from absolute_zero_jax import grammar, tasks
+from absolute_zero_jax import grammar, tasks, tracing
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Role, Task
 
 THINK, REJECT = '\n# think', '\n# no'
 # Share of a batch that is filled: first-fit-decreasing finds room for nearly all of it.
 _FILL = 0.98
+# Pairs that thinking about an induction looks at: all would make it longer than the program.
+_CHECKED = 2
 
 
 class Rows(NamedTuple):
@@ -47,7 +49,7 @@ class Recipe:
       first token of the answers that think is weighted for it, so that an ability may be taught
       in many examples and yet be used seldom.
     prompt_weight: of a prompt's tokens as targets; those of a response count 1.
-    max_think_lines: longer traces are left out.
+    max_think_lines: longer thinking is left out.
     references: the most programs shown to a proposal.
     cases: pairs of an induction; the first half is shown.
   """
@@ -58,7 +60,7 @@ class Recipe:
   think: float = 0.45
   think_prior: float = 0.25
   prompt_weight: float = 0.2
-  max_think_lines: int = 16
+  max_think_lines: int = 24
   references: int = 2
   cases: int = 6
 
@@ -108,42 +110,61 @@ class Writer:
 
   def _answer(self, rng, kind, example, case):
     given, output = example.inputs[case], example.outputs[case]
-    steps = ()
+    steps: list[str] = []
     if rng.random() < self.recipe.think:
       if kind == 'deduction':
-        steps = grammar.trace(example.program, given)
+        steps += tracing.trace(example.program, given)
       else:
-        others = [i for i in range(len(example.inputs)) if i != case]
-        tried = rng.sample(others, rng.choice((0, 0, 1, 1, 2)))
-        steps = tuple(_case(example, i) for i in (*tried, case))
+        for wrong, found in self._misses(rng, example, given, output):
+          steps += self._tried(example.program, wrong, found, output)
+        steps += self._tried(example.program, given, output, output)
     if len(steps) > self.recipe.max_think_lines:
-      steps = ()
+      steps = []
     return _response(self._prompts, kind, steps, output if kind == 'deduction' else given)
+
+  def _misses(self, rng, example, given, output):
+    """Up to two inputs that do not give the output, with what they give; most are near misses."""
+    found: dict[str, str] = {}
+    for _ in range(rng.choice((0, 0, 1, 1, 2))):
+      wrong = (grammar.nearby(rng, given) if rng.random() < 0.8 else rng.choice(example.inputs))
+      result = grammar.run(example.program, wrong)
+      if result not in (None, output):
+        found[wrong] = result
+    return found.items()
 
   def _induction(self, rng, example):
     shown = range(self.recipe.cases // 2)
     prompt = self._kinds['induction'].solve_prompt(
         _task('induction', example, 0, len(shown)), self._prompts)
-    steps: tuple[str, ...] = ()
+    steps: list[str] = []
     if rng.random() < self.recipe.think:
-      steps = (*self._wrong(rng, example, shown), example.program,
-               *(_case(example, i) for i in shown))
+      wrong = {grammar.variant(rng, example.program) for _ in range(rng.choice((0, 1, 1, 2)))}
+      for other in sorted(wrong - {None}):
+        checked = self._checked(other, example, shown)
+        # A candidate that passes is no wrong one, and one that fails to run proves nothing.
+        if checked and checked[-1].endswith(REJECT):
+          steps += checked
+      steps += self._checked(example.program, example, shown)
+    if len(steps) > self.recipe.max_think_lines:
+      steps = []
     return prompt, _response(self._prompts, 'induction', steps, example.program)
 
-  def _wrong(self, rng, example, shown):
-    """Sometimes a candidate that fails on a shown pair, with its results up to there."""
-    other = grammar.variant(rng, example.program) if rng.random() < 0.4 else None
-    if other is None:
-      return ()
-    lines = [other]
-    for i in shown:
-      output = grammar.run(other, example.inputs[i])
+  def _checked(self, candidate, example, shown):
+    """A candidate run on the first pairs, up to a wrong result; nothing where it does not run."""
+    lines = [candidate]
+    for i in shown[:_CHECKED]:
+      output = grammar.run(candidate, example.inputs[i])
       if output is None:
-        return ()
-      lines.append(f'f({example.inputs[i]}) == {output}')
-      if output != example.outputs[i]:
-        return (*lines[:-1], lines[-1] + REJECT)
-    return ()
+        return []
+      lines += self._tried(candidate, example.inputs[i], output, example.outputs[i])
+      if lines[-1].endswith(REJECT):
+        break
+    return lines
+
+  def _tried(self, program, given, output, wanted):
+    """What a run gives, and the mark of a failure where that is not wanted."""
+    mark = '' if output == wanted else REJECT
+    return [*tracing.trace(program, given), f'    return {output}{mark}']
 
 
 def rows(write: Writer, tokenizer, rng: random.Random, shape: tuple[int, int]) -> Rows:
@@ -195,10 +216,6 @@ def _task(kind: str, example: grammar.Example, case: int, shown: int = 0) -> Tas
   pairs = tuple(zip(example.inputs, example.outputs))
   cases = pairs if shown else (pairs[case],)
   return Task(kind, example.program, cases, shown=shown, key=example.key)
-
-
-def _case(example: grammar.Example, i: int) -> str:
-  return f'f({example.inputs[i]}) == {example.outputs[i]}'
 
 
 def _response(prompts, kind: str, steps: Sequence[str], answer: str) -> str:

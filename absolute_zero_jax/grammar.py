@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small typed Python programs with inputs, and what a real interpreter says about them.
 
-  random.Random --example--> program, inputs, outputs --trace, tries, variant--> texts to learn from
+  random.Random --example--> program, inputs, outputs --variant--> a program that is almost it
 
 No human wrote any of these programs: tables of statements and expressions over ints, lists,
 strings, tuples and dicts are filled in at random. They are deterministic, and they end: loops run
@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import random
 import re
-import sys
 from typing import Any
 
 from absolute_zero_jax.tasks import program as program_lib
@@ -157,35 +156,10 @@ def key(source: str) -> str:
 def run(source: str, given: str) -> str | None:
   """`repr` of f's result on an argument list; None for an error, or a value that is too long."""
   try:
-    text = repr(_compiled(source)(*_values(given)))
+    text = repr(compiled(source)(*values(given)))
   except (ValueError, TypeError, LookupError, ArithmeticError):
     return None
   return text if len(text) <= MAX_VALUE_CHARS else None
-
-
-def trace(source: str, given: str) -> tuple[str, ...]:
-  """'name = value' for the parameters and then each time a variable changes, in order of time."""
-  function, arguments = _compiled(source), _values(given)
-  lines: list[str] = []
-  seen: dict[str, str] = {}
-
-  def look(frame, event, _):
-    if frame.f_code is not function.__code__:
-      return None
-    for name, value in frame.f_locals.items():
-      text = repr(value)
-      if len(name) == 1 and seen.get(name) != text:
-        seen[name] = text
-        lines.append(f'{name} = {text}')
-    return look
-
-  before = sys.gettrace()
-  sys.settrace(look)
-  try:
-    function(*arguments)
-  finally:
-    sys.settrace(before)
-  return tuple(lines)
 
 
 def variant(rng: random.Random, source: str) -> str | None:
@@ -204,6 +178,33 @@ def variant(rng: random.Random, source: str) -> str | None:
   options = [others[found]] if found in others else [
       x for x in (_CONSTANTS['c'] if found[0] == "'" else '123456789') if x != found]
   return source[:place.start()] + rng.choice(options) + source[place.end():]
+
+
+def nearby(rng: random.Random, given: str) -> str:
+  """The argument list with one argument changed a little: a number, a letter, or one item."""
+  arguments = list(values(given))
+  i = rng.randrange(len(arguments))
+  arguments[i] = _changed(rng, arguments[i])
+  return ', '.join(map(repr, arguments))
+
+
+def _changed(rng: random.Random, value: Any) -> Any:
+  match value:
+    case int():
+      return value + rng.choice((-3, -2, -1, 1, 2, 3))
+    case dict():
+      name = rng.choice(list(value))
+      return value | {name: _changed(rng, value[name])}
+  items = list(value)
+  i = rng.randrange(len(items)) if items else 0
+  draw = rng.random()
+  if not items or draw < 0.2:
+    items.append(rng.choice(_LETTERS) if isinstance(value, str) else rng.randint(0, 9))
+  elif draw < 0.4:
+    del items[i]
+  else:
+    items[i] = rng.choice(_LETTERS) if isinstance(value, str) else _changed(rng, items[i])
+  return ''.join(items) if isinstance(value, str) else type(value)(items)
 
 
 class _Scope:
@@ -320,11 +321,13 @@ def _value(rng: random.Random, kind: str) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(source: str) -> Any:
+def compiled(source: str) -> Any:
+  """The function `f` of a program that this file wrote; of no other."""
   scope: dict[str, Any] = {}
   exec(compile(source, '<grammar>', 'exec'), scope)
   return scope['f']
 
 
-def _values(given: str) -> tuple:
+def values(given: str) -> tuple:
+  """An argument list as values."""
   return ast.literal_eval(f'({given},)')

@@ -48,14 +48,14 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   Writes config.json, tensorboard/, metrics.jsonl, checkpoints/ and with each of them export/.
 
   Raises:
-    ValueError: a config that cannot work, or a model that is not 'random:...'.
+    ValueError: a config that cannot work, or a model that cannot be loaded.
   """
   config_lib.validate(c)
   workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
   console = metrics.Console(stream)
   parts.use_compilation_cache()
-  tokenizer = tokenizer_lib.load(c.model.tokenizer)
-  model = loading.random_config(c.model.name)
+  model, _, source = parts.model_without_parameters(c)
+  tokenizer = tokenizer_lib.load(c.model.tokenizer or source)
   tokenizer.check(model.vocab)
   tx = optimizer.make_optimizer(steps=c.train.steps, **{
       k: v for k, v in c.optimizer.to_dict().items() if k not in ('clip_norm', 'accumulate_dtype')})
@@ -65,7 +65,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     latest = checkpoints.latest()
     checkpoint.claim(workdir, config_lib.to_json(c), differences=config_lib.differences,
                      free=train_lib.FREE_FIELDS if latest else None)
-    state = start(c, model, tx)
+    state = start(c, tx)
     if latest is not None:
       state = checkpoints.restore_state(latest, checkpoint.abstract_like(state))
       console.stamp(f'continues after step {latest} of {c.train.steps}')
@@ -86,9 +86,10 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     return state
 
 
-def start(c: config_lib.ConfigDict, model, tx) -> learner_lib.TrainState:
-  """Random weights from the seed, and the optimizer's first state."""
-  params = decoder.init(model, jax.random.key(c.seed), jnp.dtype(c.model.param_dtype))
+def start(c: config_lib.ConfigDict, tx) -> learner_lib.TrainState:
+  """The weights that `model.name` says ('random:...' from the seed), and the optimizer's state."""
+  _, params, _ = loading.load(c.model.name, dtype=jnp.dtype(c.model.param_dtype),
+                              key=jax.random.key(c.seed))
   return learner_lib.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The carried tokenizer, and documents: true, in the exact form of the prompts of self-play."""
 
+import ast
 import random
+import re
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from absolute_zero_jax import documents, grammar, lexicon, tasks, tokenizer
+from absolute_zero_jax import documents, grammar, lexicon, tasks, tokenizer, tracing
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Role, Task
 
@@ -94,17 +96,21 @@ def test_answers_and_thinking_are_true(written):
         assert grammar.run(program, given) == answer
         if thought:
           assert thought == documents.THINK + ''.join(
-              f'\n{line}' for line in grammar.trace(program, given))
+              f'\n{line}' for line in tracing.trace(program, given))
       elif kind == 'abduction':
         assert grammar.run(program, answer) == prompt.rpartition(' is ')[2]
-        _check_cases(program, thought)
-        assert not thought or f'f({answer}) ==' in thought.rpartition('\n')[2]
+        _check_tries(thought, program, wanted=prompt.rpartition(' is ')[2], last=answer)
       else:
         _check_cases(answer, prompt)
-        for part in thought.split(documents.REJECT):
-          candidate, mark, cases = part.removeprefix(documents.THINK).partition('\nf(')
-          if mark:
-            _check_cases(candidate.strip('\n'), mark + cases)
+        pairs = dict(re.findall(r'f\((.*)\) == (.*)', prompt))
+        *wrong, right = thought.split('\ndef f(')[1:] or ['']
+        for candidate in wrong:
+          assert candidate.endswith(documents.REJECT)
+        for candidate in (*wrong, right):
+          if candidate:
+            candidate, tries = _split_candidate('def f(' + candidate)
+            _check_tries(tries, candidate, pairs=pairs)
+        assert not right or _split_candidate('def f(' + right)[0] == answer
   assert set(counts) == {(k, t) for k in ('deduction', 'abduction', 'induction')
                          for t in (False, True)}
   thinking = sum(n for (_, thinks), n in counts.items() if thinks) / sum(counts.values())
@@ -118,10 +124,31 @@ def _kind(prompt):
 
 
 def _check_cases(program, text):
-  for line in text.split('\n'):
-    if line.startswith('f('):
-      given, _, output = line.removeprefix('f(').partition(') == ')
-      assert grammar.run(program, given) == output, (program, line)
+  for inputs, output in re.findall(r'^f\((.*)\) == (.*)$', text, re.M):
+    assert grammar.run(program, inputs) == output, (program, inputs)
+
+
+def _split_candidate(text):
+  """The program and the tries behind it: its last line is the first that returns an expression."""
+  lines = text.split('\n')
+  end = next(i for i, line in enumerate(lines) if line.startswith('    return '))
+  return '\n'.join(lines[:end + 1]), '\n'.join(['', *lines[end + 1:]])
+
+
+def _check_tries(thought, program, *, wanted=None, last=None, pairs=None):
+  """Each try is a true run; it is rejected exactly where its result is not the wanted one."""
+  names = [a.arg for a in ast.parse(program).body[0].args.args]
+  tries = re.findall(r'((?:\n(?!    return ).*)+)\n    return (.*)((?:\n# no)?)',
+                     thought.removeprefix(documents.THINK))
+  given = None
+  for run, output, mark in tries:
+    lines = run.strip('\n').split('\n')
+    given = ', '.join(x.removeprefix(f'{n} = ') for n, x in zip(names, lines))
+    assert tuple(lines) == tracing.trace(program, given)
+    assert output == grammar.run(program, given)
+    assert bool(mark) == (output != (pairs[given] if pairs else wanted))
+  assert last is None or given in (last, None)
+  assert bool(tries) == bool(thought)
 
 
 def test_later_questions_continue_the_prompt_of_self_play(written):

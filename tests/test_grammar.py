@@ -64,27 +64,6 @@ def test_deep_programs_are_longer_than_any_that_is_trained_on():
   assert max(statements(grammar.example(rng).program) for _ in range(200)) <= 2 * 3
 
 
-def test_traces_are_true(examples):
-  """Every line of a trace, checked by running the program with a print behind each statement."""
-  for e in examples[:80]:
-    lines = grammar.trace(e.program, e.inputs[0])
-    assert lines == grammar.trace(e.program, e.inputs[0])
-    names = [a.arg for a in ast.parse(e.program).body[0].args.args]
-    values = ast.literal_eval(f'({e.inputs[0]},)')
-    assert lines[:len(names)] == tuple(f'{n} = {v!r}' for n, v in zip(names, values))
-    # The program's own last values, from an instrumented copy that returns its locals.
-    head, _, _ = e.program.rpartition('\n    return ')
-    final = ast.literal_eval(_call(f'{head}\n    return str(dict(locals()))', e.inputs[0]))
-    last = dict(line.split(' = ', 1) for line in lines)
-    assert last == {k: repr(v) for k, v in ast.literal_eval(final).items()}
-
-
-def test_a_trace_by_hand():
-  source = 'def f(a):\n    c = 0\n    for i in a:\n        c += i\n    return c * 2'
-  assert grammar.trace(source, '[3, 4]') == (
-      'a = [3, 4]', 'c = 0', 'i = 3', 'c = 3', 'i = 4', 'c = 7')
-
-
 def test_variants_differ_and_end(examples):
   rng = random.Random(2)
   made = [(e, grammar.variant(rng, e.program)) for e in examples]
@@ -93,6 +72,15 @@ def test_variants_differ_and_end(examples):
   for e, v in changed:
     assert v != e.program and 'while' not in v
     grammar.run(v, e.inputs[0])
+
+
+def test_nearby_inputs_differ_in_one_argument_and_keep_its_type(examples):
+  rng = random.Random(3)
+  for e in examples:
+    old, new = grammar.values(e.inputs[0]), grammar.values(grammar.nearby(rng, e.inputs[0]))
+    assert [type(x) for x in new] == [type(x) for x in old]
+    assert sum(repr(a) != repr(b) for a, b in zip(old, new)) <= 1
+    assert all(abs(len(a) - len(b)) <= 1 for a, b in zip(old, new) if not isinstance(a, int))
 
 
 def test_the_split_is_by_the_normal_form():

@@ -97,7 +97,7 @@ def test_one_step_is_adamw_on_the_weighted_next_token_loss():
     logp_BT = jnp.take_along_axis(logp_BTV[:, :-1], tokens_BT[:, 1:, None], 2)[..., 0]
     return -jnp.sum(logp_BT * weights_BT[:, 1:]) / weights_BT[:, 1:].sum()
 
-  state = pretrain.start(c, model, tx)
+  state = pretrain.start(c, tx)
   gradient = jax.jit(jax.grad(loss))(state.params)
   norm = np.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(gradient)))
   assert norm > 0.5

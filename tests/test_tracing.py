@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traces, which thinking is made of: what the interpreter saw, with the working of each value."""
+
+import ast
+import random
+import re
+
+import pytest
+
+from absolute_zero_jax import grammar, tracing
+
+
+@pytest.fixture(scope='module')
+def examples():
+  rng = random.Random(4)
+  return [grammar.example(rng, (0, 1, 2, 3)) for _ in range(150)]
+
+
+def test_the_values_are_those_of_the_program(examples):
+  """The last value of each variable, from a copy of the program that returns its locals."""
+  for e in examples:
+    lines = tracing.trace(e.program, e.inputs[0])
+    assert lines == tracing.trace(e.program, e.inputs[0])
+    names = [a.arg for a in ast.parse(e.program).body[0].args.args]
+    values = grammar.values(e.inputs[0])
+    assert lines[:len(names)] == tuple(f'{n} = {v!r}' for n, v in zip(names, values))
+    head, _, _ = e.program.rpartition('\n    return ')
+    scope = {}
+    exec(f'{head}\n    return dict(locals())', scope)
+    last = dict(found.groups() for line in lines if (found := re.match(r'(\w) = (.*)', line)))
+    assert last == {k: repr(v) for k, v in scope['f'](*values).items()}
+
+
+def test_the_working_is_true_and_needs_no_variables(examples):
+  """Every expression can be computed on its own; what follows it is its value."""
+  worked = 0
+  for e in examples:
+    *lines, end = [*tracing.trace(e.program, e.inputs[0]), f'return = {e.outputs[0]}']
+    pending = []
+    for line in (*lines, end):
+      if found := re.match(r'if (.*): (True|False)$', line):
+        assert bool(_compute(found[1])) == (found[2] == 'True'), (e.program, line)
+      elif found := re.match(r'(\w+) = (.*)', line):
+        # Of a call that changes its variable, the working is the argument's.
+        changes = pending and f'{found[1]}.append(' in e.program
+        changes = changes or pending and f'{found[1]}[' in e.program
+        if pending and not changes:
+          assert repr(pending[-1]) == found[2], (e.program, line)
+        pending = []
+      else:
+        pending.append(_compute(line))
+        worked += 1
+        assert pending[0] == pending[-1], (e.program, line)
+  assert worked > 150
+
+
+@pytest.mark.parametrize('source, given, lines', [
+    ('def f(a):\n    c = 0\n    for i in a:\n        c += i\n    return c * 2', '[3, 3]',
+     ('a = [3, 3]', 'c = 0', 'i = 3', '0 + 3', 'c = 3', 'i = 3', '3 + 3', 'c = 6', '6 * 2')),
+    ('def f(a):\n    while a > 3:\n        a -= 2\n    return a', '6',
+     ('a = 6', 'if 6 > 3: True', '6 - 2', 'a = 4', 'if 4 > 3: True', '4 - 2', 'a = 2',
+      'if 2 > 3: False')),
+    ("def f(a, b):\n    return ''.join(sorted(a)) + b", "'ca', 'b'",
+     ("a = 'ca'", "b = 'b'", "''.join(sorted('ca')) + 'b'", "'ac' + 'b'")),
+    ('def f(a):\n    return sum(i + 1 for i in a if i > a[0])', '[2, 5, 1]',
+     ('a = [2, 5, 1]', 'sum((i + 1 for i in [2, 5, 1] if i > [2, 5, 1][0]))', 'sum([6])')),
+    ('def f(a):\n    c = []\n    c.append(a + 1)\n    return a + 3 if a > 4 else a - 1', '7',
+     ('a = 7', 'c = []', '7 + 1', 'c = [8]', '7 + 3 if 7 > 4 else 7 - 1', '7 + 3')),
+    ('def f(a):\n    a[0] = 1\n    return a', '[1]',
+     ('a = [1]', 'a = [1]')),
+    ("def f(a):\n    c = {}\n    for i in a:\n        c[i] = c.get(i, 0) + 1\n    return c", "'b'",
+     ("a = 'b'", 'c = {}', "i = 'b'", "{}.get('b', 0) + 1", '0 + 1', "c = {'b': 1}")),
+])
+def test_by_hand(source, given, lines):
+  assert tracing.trace(source, given) == lines
+
+
+def _compute(expression):
+  value = eval(expression, {})       # of a line that the interpreter wrote, in a test
+  return value if isinstance(value, (int, str, list, tuple, dict)) else list(value)
