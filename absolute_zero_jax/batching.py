@@ -113,14 +113,29 @@ class Batch:
     # Where the weights are is the only place to learn what they run on.
     self.weights_first = {d.platform for d in weights.embed_VD.devices()} == {'cpu'}
     self.queue = collections.deque(rows)
-    shards = sharding.row_shards(programs.mesh)
-    self.slots = [None] * schedule.width(min(len(rows), slots), shards)
+    self.most = slots
+    self.slots = [None] * self._width(len(rows))
     self.prompts = Prompts(programs, params, [row.context for row in rows])
     self.cache, self.size, self.slot = None, 0, 0
 
   def busy(self) -> bool:
     """Whether any row waits or runs."""
     return bool(self.queue) or any(row is not None for row in self.slots)
+
+  def add(self, rows: list[Row]) -> None:
+    """Lets more rows wait; a batch that has become narrow widens for them."""
+    self.queue.extend(rows)
+    self.prompts.add([row.context for row in rows])
+    live = sum(row is not None for row in self.slots)
+    width = self._width(live + len(self.queue))
+    if width <= len(self.slots):
+      return
+    if self.cache is None:
+      self.slots += [None] * (width - len(self.slots))
+    else:
+      width, size = self.programs.shape(width, self.size)
+      self._resize(width, size)
+      self.size = size
 
   def free(self, slot: int) -> None:
     """Takes a finished row out."""
@@ -155,7 +170,7 @@ class Batch:
     need = max(ring, longest + min(p.chunk, most_left))
     width = len(self.slots)
     if narrow and not self.queue:
-      width = min(width, schedule.width(len(live), sharding.row_shards(p.mesh)))
+      width = min(width, self._width(len(live)))
     if self.cache is not None and need <= self.size and width == len(self.slots):
       return
     # Room for one more block than needed, so that a ring is not copied after every chunk.
@@ -199,6 +214,9 @@ class Batch:
       row.model += chunk.model_logprobs_BC[b, :n].tolist()
     p.stats['decode_s'] += time.perf_counter() - started
     return [(b, row, int(chunk.counts_B[b]), bool(chunk.stopped_B[b])) for b, row in live]
+
+  def _width(self, rows):
+    return schedule.width(min(rows, self.most), sharding.row_shards(self.programs.mesh))
 
   def _insert(self, insert, found):
     """Copies prefilled prompts into cache rows; `found` holds (slot, source, length)."""
@@ -257,6 +275,11 @@ class Prompts:
     self.prefix_of = schedule.shared_prefixes(contexts, _SHORTEST_PREFIX)
     self.prefixes: dict[tuple[int, ...], _Insert] = {}
     self.ready: list[_Insert] = []
+
+  def add(self, contexts):
+    """Contexts that come later share prefixes among themselves."""
+    new = set(contexts) - self.prefix_of.keys()
+    self.prefix_of |= schedule.shared_prefixes(new, _SHORTEST_PREFIX)
 
   def prefill(self, contexts):
     """Inserts that cover `contexts`; computes those not at hand."""

@@ -100,6 +100,10 @@ def get_config() -> ConfigDict:
   # Plays and updates per iteration; all of them draw references and lagged tasks from the buffer as
   # it stood when the iteration began (the reference's update_iteration).
   c.selfplay.updates = 1
+  # Above 0, answers to early proposals decode beside late proposals, in one call of the sampler: a
+  # proposal's verdict is waited for after so many looks of the sampler (`sampler.chunk` steps each)
+  # from its end. Runs stay bit-equal, resumed or not. 0 = one phase after the other.
+  c.selfplay.overlap = 0
   # First iterations that only solve; nothing is proposed (the reference's pretrain_pred_steps).
   c.selfplay.solver_only_steps = 0
   # Valid proposals that enter the buffer: 'all', 'non_one' (p < 1), 'non_extremes' (0 < p < 1).
@@ -229,6 +233,9 @@ def get_config() -> ConfigDict:
   # Self-play saves and ends cleanly before it has run this long, start-up, last scoring and saving
   # included; 0 = no limit. The same command then plays on for as long again.
   c.train.minutes = 0.0
+  # 1: the update of one play runs while the executor checks the next one's answers, so its rows are
+  # one update old; needs algorithm.importance. 0: each play is trained on before the next.
+  c.train.off_policy_steps = 0
   # Tokens of one micro-batch (rows x padded length).
   c.train.micro_batch_tokens = 4096
   # Several short sequences in one row of a micro-batch.

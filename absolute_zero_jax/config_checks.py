@@ -71,6 +71,16 @@ def _check_together(c: ConfigDict) -> None:
   if c.command == 'seed' and others:
     raise ConfigError("command='seed': seed files hold tasks of abduction, deduction and "
                       f'induction; leave {sorted(others)} out of selfplay.kinds.')
+  if c.selfplay.overlap and c.roles.propose != c.roles.solve:
+    raise ConfigError(f"selfplay.overlap={c.selfplay.overlap} decodes both roles together, so "
+                      f"roles.propose={c.roles.propose!r} and roles.solve={c.roles.solve!r} must "
+                      'be the same; or set selfplay.overlap=0.')
+  if c.train.off_policy_steps and c.algorithm.importance == 'none':
+    raise ConfigError("train.off_policy_steps=1 trains on rows of older weights: set "
+                      "algorithm.importance='truncate' or 'mask'; 'none' takes them for new.")
+  if c.train.off_policy_steps and c.selfplay.updates > 1:
+    raise ConfigError(f'train.off_policy_steps=1 keeps one play waiting, so selfplay.updates='
+                      f'{c.selfplay.updates} must be 1.')
   if c.selfplay.mc_use == 'reuse' and c.selfplay.solve_source == 'lagged':
     raise ConfigError("selfplay.mc_use='reuse' solves this iteration's tasks: set "
                       "selfplay.solve_source='fresh'.")
@@ -171,6 +181,7 @@ _CHECKS = {
     'selfplay.solve_samples': _at_least(1),
     'selfplay.probes': _between(0, 8),
     'selfplay.updates': _at_least(1),
+    'selfplay.overlap': _at_least(0),
     'selfplay.solver_only_steps': _at_least(0),
     'selfplay.keep': _one_of('all', 'non_one', 'non_extremes'),
     'seeding.tasks': _at_least(1),
@@ -210,6 +221,7 @@ _CHECKS = {
     'optimizer.decay': _one_of('all', 'matrices'),
     'train.steps': _at_least(1),
     'train.minutes': _at_least(0),
+    'train.off_policy_steps': _between(0, 1),
     'train.length_buckets': ((lambda x: list(x) == sorted(set(x)) and all(n >= 16 for n in x)),
                              'ascending lengths of at least 16, or ()'),
     'train.micro_batch_tokens': _at_least(1),

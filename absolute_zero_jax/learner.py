@@ -177,6 +177,12 @@ class Learner:
     'skipped_updates'. Metrics are means over all trained tokens of the batch, the ones named
     'role_kind/...' over those of that role and kind, unless their name says otherwise.
     """
+    state, metrics = self.dispatch(state, work, frozen=frozen)
+    return state, metrics()
+
+  def dispatch(self, state: TrainState, work: Update, *, frozen: Any = None,
+               ) -> tuple[TrainState, Callable[[], dict[str, float]]]:
+    """`update` that only hands the work to the devices; calling its second result waits for it."""
     self._compile(state)
     size = -(-len(work.groups) // _GROUP_STEP) * _GROUP_STEP
     steps = []
@@ -184,7 +190,7 @@ class Learner:
       for part in work.parts:
         state, sums = self._step(state, frozen, part, size)
         steps.append(sums)
-    return state, work.metrics | learner_metrics.finish(jax.device_get(steps), work.groups)
+    return state, lambda: work.metrics | learner_metrics.finish(jax.device_get(steps), work.groups)
 
   def logprobs(self, params: Any, batches: Sequence[Batch], *, trained: bool = False,
                frozen: Any = None) -> list[np.ndarray]:

@@ -40,18 +40,24 @@ class Mean:
 
 
 class Timer:
-  """Seconds per phase of an iteration; phases may interleave, nested ones count in both."""
+  """Seconds per phase of an iteration; phases may interleave.
+
+  Nested ones count in both, unless the inner one is taken `out_of` the outer.
+  """
 
   def __init__(self):
     self.seconds = collections.defaultdict(float)
 
   @contextlib.contextmanager
-  def __call__(self, phase: str) -> Iterator[None]:
+  def __call__(self, phase: str, out_of: str = '') -> Iterator[None]:
     start = time.perf_counter()
     try:
       yield
     finally:
-      self.seconds[phase] += time.perf_counter() - start
+      taken = time.perf_counter() - start
+      self.seconds[phase] += taken
+      if out_of:
+        self.seconds[out_of] -= taken
 
 
 class Writer:

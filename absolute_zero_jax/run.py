@@ -44,7 +44,7 @@ from absolute_zero_jax.types import Episode, Role
 
 _RULES = ('batch', 'mc_samples', 'references', 'solve_source', 'draw', 'recent_steps',
           'reference_draw', 'keep', 'refuse_duplicates', 'show_references', 'train_propose',
-          'mc_use', 'solver_only_steps', 'solve_samples', 'refuse_independent')
+          'mc_use', 'solver_only_steps', 'solve_samples', 'refuse_independent', 'overlap')
 
 
 class Iteration(NamedTuple):
@@ -78,6 +78,8 @@ class Run:
     self._calls = 0                   # of the sampler in this iteration; part of their keys
     self._say = progress or (lambda text: None)
     self._console = console or metrics.Console(io.StringIO())
+    # With `train.off_policy_steps`: the rows of the latest play, which the next one trains on.
+    self._ahead: tuple[list[learner_lib.Row], learner_lib.Update] | None = None
     self._closers = contextlib.ExitStack()
     try:
       self._build(fresh)
@@ -146,7 +148,8 @@ class Run:
 
     With `selfplay.updates` above 1 it plays and updates so often before it draws from what it has
     added. A play without a row to learn from (say, no task yet and no proposer to train) leaves the
-    policy as it is and counts in the metric 'train/updates_without_rows'.
+    policy as it is and counts in the metric 'train/updates_without_rows'. With
+    `train.off_policy_steps` the update is that of the play before, see `_Behind`.
     """
     step, rounds = self.step + 1, self.c.selfplay.updates
     self._calls = 0
@@ -154,13 +157,15 @@ class Run:
     before = self.sampler.stats()
     source = self.buffer.snapshot() if rounds > 1 else self.buffer
     results, updates, episodes = [], [], []
+    behind = _Behind(self, timer) if self.c.train.off_policy_steps else None
+    tools = self.tools if behind is None else self.tools._replace(idle=behind.dispatch)
     for n in range(rounds):
       rng = np.random.default_rng([self.c.seed, step, n] if n else [self.c.seed, step])
       results.append(selfplay.iterate(
-          step, self.buffer, self.tools, self.rules, rng, timer=timer, on_proposal=on_proposal,
+          step, self.buffer, tools, self.rules, rng, timer=timer, on_proposal=on_proposal,
           source=source, name=f'{step}.{n}' if n else ''))
       with timer('update'):
-        played, update = self._update(results[-1].episodes)
+        played, update = (self._update if behind is None else behind.finish)(results[-1].episodes)
       episodes += played
       updates.append(update)
     result = selfplay.Result(*(sum(lists, []) for lists in zip(*results)))
@@ -193,6 +198,7 @@ class Run:
   def host_state(self) -> dict[str, Any]:
     """What a checkpoint holds beside the arrays; JSON-able."""
     return {'step': self.step, 'prompts': self.prompts.hash, 'buffer': self.buffer.state(),
+            'ahead': self._ahead and [dataclasses.asdict(row) for row in self._ahead[0]],
             'python': '.'.join(map(str, sys.version_info[:2]))}
 
   def arrays(self) -> dict[str, Any]:
@@ -222,6 +228,10 @@ class Run:
     self.key = jax.random.wrap_key_data(np.asarray(arrays['key']))
     self.buffer = buffer_lib.TaskBuffer.from_state(host['buffer'])
     self.step = host['step']
+    # Checkpoints of earlier versions have no rows ahead.
+    ahead = self.c.train.off_policy_steps and host.get('ahead')
+    rows = [learner_lib.Row(**row) for row in ahead or ()]
+    self._ahead = (rows, self._prepare(rows)) if rows else None
 
   def export(self, path: epath.PathLike) -> None:
     """Writes the policy as a Hugging Face directory that `transformers` loads."""
@@ -250,36 +260,51 @@ class Run:
 
   def _update(self, episodes: list[Episode]) -> tuple[list[Episode], dict[str, float]]:
     """One update from the episodes that train; they come back with their advantages."""
-    # The decode-layout weights are stale after the update: make room for the gradient.
-    self.sampler.release()
-    self._merged = None
     rows = [_row(e) for e in episodes if e.train]
     if not rows:
       return episodes, {'updates_without_rows': 1.0}
-    frozen = self.base if self.c.lora.rank else None
-    reference = self.base if self.c.roles.reference == 'base' else None
-    work = self.learner.prepare(rows, self.state.params, frozen=frozen, reference=reference)
-    self.state, update = self.learner.update(self.state, work, frozen=frozen)
-    advantages = iter(work.advantages)
-    episodes = [dataclasses.replace(e, advantage=tuple(map(float, next(advantages))))
-                if e.train else e for e in episodes]
-    return episodes, update | {'updates_without_rows': 0.0}
+    work = self._prepare(rows)
+    return _with_advantages(episodes, work), self._dispatch(work)()
 
-  def _sample(self, role: Role, prompts, counts, stop_fn, on_finish):
+  def _prepare(self, rows: list[learner_lib.Row]) -> learner_lib.Update:
+    reference = self.base if self.c.roles.reference == 'base' else None
+    return self.learner.prepare(rows, self.state.params, frozen=self._frozen(),
+                                reference=reference)
+
+  def _dispatch(self, work: learner_lib.Update) -> Callable[[], dict[str, float]]:
+    """Starts an update; the metrics it returns are a function that waits for it."""
+    # The decode-layout weights are stale after the update: make room for the gradient.
+    self.sampler.release()
+    self._merged = None
+    self.state, numbers = self.learner.dispatch(self.state, work, frozen=self._frozen())
+    return lambda: numbers() | {'updates_without_rows': 0.0}
+
+  def _frozen(self) -> Any:
+    return self.base if self.c.lora.rank else None
+
+  def _sample(self, role: Role, prompts, counts, stop_fn, on_finish, more=None):
     s = self.c.sampler
     self._calls += 1
     key = jax.random.fold_in(jax.random.fold_in(self.key, self.step + 1), self._calls)
-    limit = s.max_propose_tokens if role == Role.PROPOSE else s.max_solve_tokens
-    requests = [sampler_lib.Request(prompt_ids=ids, samples=n, max_new_tokens=limit)
-                for ids, n in zip(prompts, counts, strict=True)]
-    total = sum(counts)
-    with self._console.bar(role.value, total, 'seq') as bar:
+    limits = {Role.PROPOSE: s.max_propose_tokens, Role.SOLVE: s.max_solve_tokens}
+    def requests_of(pairs, role):
+      return [sampler_lib.Request(prompt_ids=ids, samples=n, max_new_tokens=limits[role])
+              for ids, n in pairs]
+    requests = requests_of(zip(prompts, counts, strict=True), role)
+    with self._console.bar(role.value, sum(counts), 'seq') as bar:
       def finished(sample):
         on_finish(sample)
         bar.update(1)
+      def further():
+        pairs = more()
+        if pairs is None:
+          return None
+        bar.total += sum(n for _, n in pairs)
+        return requests_of(pairs, Role.SOLVE)
       return self.sampler.generate(
           self.params(role), requests, key, temperature=s.temperature, top_k=s.top_k,
-          top_p=s.top_p, min_p=s.min_p, stop_fn=stop_fn, on_finish=finished)
+          top_p=s.top_p, min_p=s.min_p, stop_fn=stop_fn, on_finish=finished,
+          more=None if more is None else further)
 
   def _metrics(self, updates, timer, before) -> dict[str, float]:
     after, out, mean = self.sampler.stats(), {}, metrics.Mean()
@@ -293,6 +318,44 @@ class Run:
     out['compilations'] = self.sampler.compilations() + self.learner.compilations()
     out |= {f'executor/{k}': v for k, v in self.executor.stats().items()}
     return out
+
+
+class _Behind:
+  """An update one play behind: it runs while the executor checks the last answers of this play.
+
+  So the rows of play t, which weights of t - 2 updates drew, change weights of t - 1 updates, and
+  importance weights make up for that. The rows of the latest play wait in the checkpoint.
+  """
+
+  def __init__(self, run: Run, timer: metrics.Timer):
+    self._run, self._timer = run, timer
+    self._numbers: Callable[[], dict[str, float]] | None = None
+
+  def dispatch(self) -> None:
+    """Starts the update, if there is one, and it has not been started."""
+    if self._run._ahead is None:
+      return
+    with self._timer('update'):
+      _, work = self._run._ahead
+      self._run._ahead = None
+      self._numbers = self._run._dispatch(work)
+
+  def finish(self, episodes: list[Episode]) -> tuple[list[Episode], dict[str, float]]:
+    """Waits for the update, and keeps these episodes' rows for the next play."""
+    self.dispatch()               # of a play that answered nothing
+    numbers = self._numbers() if self._numbers else {'updates_without_rows': 1.0}
+    rows = [_row(e) for e in episodes if e.train]
+    if rows:
+      work = self._run._prepare(rows)
+      self._run._ahead = rows, work
+      episodes = _with_advantages(episodes, work)
+    return episodes, numbers
+
+
+def _with_advantages(episodes: list[Episode], work: learner_lib.Update) -> list[Episode]:
+  advantages = iter(work.advantages)
+  return [dataclasses.replace(e, advantage=tuple(map(float, next(advantages))))
+          if e.train else e for e in episodes]
 
 
 def _row(e: Episode) -> learner_lib.Row:

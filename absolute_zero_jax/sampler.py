@@ -107,6 +107,7 @@ class Sampler:
                temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
                stop_fn: StopFn | None = None,
                on_finish: Callable[[Sample], None] | None = None,
+               more: Callable[[], Sequence[Request] | None] | None = None,
                progress: Callable[[int, int, int], None] | None = None) -> list[list[Sample]]:
     """Samples of each request, in the order of the requests.
 
@@ -114,9 +115,12 @@ class Sampler:
     greedy. After each chunk, `stop_fn(request, ids)` sees every row that grew, with its response so
     far, and may return how many of its tokens to keep: the row then ends with finish 'stop'.
     `on_finish(sample)` is called as rows end; `progress(tokens, finished, rows)` after each chunk.
+    Before each chunk `more()` may give further requests, which are numbered on from the first ones,
+    or None once none will follow.
 
-    Raises ValueError, before any work, for an empty or too long prompt, ids outside the vocabulary,
-    more new tokens than the sampler's maximum, and sampling parameters out of range.
+    Raises ValueError for an empty or too long prompt, ids outside the vocabulary, more new tokens
+    than the sampler's maximum (before any work on the requests concerned), and sampling parameters
+    out of range.
     """
     rows = self._rows(requests)
     opts = sampling.options(temperature, top_k, top_p, min_p)
@@ -128,7 +132,16 @@ class Sampler:
     batch = batching.Batch(self._programs, params, weights, rows, self.slots, key, opts,
                            self._allowed_V, self._stops_E)
     tokens = finished = 0
-    while batch.busy():
+    while more is not None or batch.busy():
+      if more is not None:
+        added = more()
+        if added is None:
+          more = None
+        elif added:
+          batch.add(self._rows(added, first=len(results)))
+          results += [[None] * request.samples for request in added]
+      if not batch.busy():
+        continue
       batch.refill()
       batch.fit()
       grown = batch.decode()
@@ -147,7 +160,7 @@ class Sampler:
         if on_finish is not None:
           on_finish(sample)
       if progress is not None:
-        progress(tokens, finished, len(rows))
+        progress(tokens, finished, sum(map(len, results)))
       stats['host_s'] += time.perf_counter() - started
     return results
 
@@ -172,9 +185,9 @@ class Sampler:
     """Frees the decode-layout weights; the next call makes them again."""
     self._prepared = None
 
-  def _rows(self, requests):
+  def _rows(self, requests, first=0):
     rows = []
-    for i, request in enumerate(requests):
+    for i, request in enumerate(requests, first):
       prompt = tuple(int(token) for token in request.prompt_ids)
       if not 1 <= len(prompt) <= self.max_prompt_tokens:
         raise ValueError(f'request {i} has a prompt of {len(prompt)} tokens; allowed are 1 to '

@@ -6,83 +6,29 @@
   solve     draw tasks, sample one answer each, check it -> correctness reward; or let the answers
             of `measure` serve
 
+With `Rules.overlap` the three share one call of the sampler: answers to early proposals decode
+beside late proposals.
+
 Everything arrives as arguments (`Tools`): the sampler as a function, the executor as `submit`, the
-kinds, prompts and rewards as objects. Results are read in the order of the requests, never in the
-order of completion, so buffers and batches do not depend on the executor's timing.
+kinds, prompts and rewards as objects. Results are read in an order that the requests and the
+sampler decide, never the executor's timing, so buffers and batches do not depend on it either.
 
 Source: Absolute Zero (arXiv:2505.03335) Algorithm 1; spec section 1.2.
 """
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Mapping, Sequence
 import dataclasses
-import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from absolute_zero_jax import buffer as buffer_lib
+from absolute_zero_jax import phases
 from absolute_zero_jax import rewards as rewards_lib
-from absolute_zero_jax.types import Episode, Job, Role, Status, Task, Turn, Verdict
+from absolute_zero_jax.types import Episode, Role, Task
 
-# Draws of references before a prompt that does not fit is the config's fault.
-_REDRAWS = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-  """The numbers of an iteration; meaning and units stand in `config.get_config`."""
-  batch: int
-  mc_samples: int
-  references: int
-  solve_source: str
-  draw: str
-  reference_draw: str
-  recent_steps: int
-  keep: str
-  refuse_duplicates: bool
-  show_references: bool
-  train_propose: bool
-  mc_use: str
-  max_prompt_tokens: int
-  solver_only_steps: int = 0
-  solve_samples: int = 1
-  refuse_independent: bool = False
-  # A verdict later than this is a broken executor, not a slow program.
-  deadline_s: float = 600.0
-
-
-class Tools(NamedTuple):
-  """What an iteration works with; every entry can be replaced by a function of the same shape."""
-  kinds: Sequence[Any]                              # see tasks.Kind
-  prompts: Any                                      # tasks.prompts.PromptSet
-  tokenizer: Any
-  # sample(role, prompts_ids, samples_per_prompt, stop_fn, on_finish) -> Sample lists, in order
-  sample: Callable[..., list[list[Any]]]
-  submit: Callable[[Job], futures.Future]
-  rewards: Any                                      # rewards.Rewards
-  # Tasks that must not be played, e.g. programs of a test set; status 'excluded'.
-  excludes: Callable[[Task], bool] = lambda task: False
-
-
-@dataclasses.dataclass
-class Attempt:
-  """One sampled response on its way to an episode: what was asked, read, run and found."""
-  role: Role
-  kind: Any
-  turn: Turn
-  group: str
-  references: tuple[Task, ...] = ()
-  task: Task | None = None
-  place: int = 0                                    # among the responses of one sampler call
-  status: str = 'format'
-  parsed: Any = None
-  answer: str = ''
-  accuracy: float = 0.0
-  well_formed: bool = False
-  verdicts: tuple[Verdict, ...] = ()
-  solve_rate: float | None = None
+Attempt, Rules, Tools = phases.Attempt, phases.Rules, phases.Tools
 
 
 class Result(NamedTuple):
@@ -107,53 +53,148 @@ def iterate(step: int, buffer: buffer_lib.TaskBuffer, tools: Tools, rules: Rules
     source: where references and lagged tasks are drawn from; None: `buffer`.
     name: of this play in the names of groups; '' takes the step.
   """
-  name, source = name or str(step), buffer if source is None else source
+  play = _Play(step, buffer, buffer if source is None else source, tools, rules, rng, timer,
+               name or str(step))
   seen = buffer.counts()
-  proposals = []
-  if step > rules.solver_only_steps:
-    with timer('propose'):
-      proposals = propose(step, buffer, tools, rules, rng, timer=timer, source=source, name=name)
+  if step <= rules.solver_only_steps:
+    proposals, measured, solved = play.solve([])
+  elif rules.overlap:
+    proposals, measured, solved = play.overlapped()
+  else:
+    proposals, measured, solved = play.solve(play.propose())
   for attempt in proposals:
     on_proposal(attempt)
-  new = [a.task for a in proposals if a.status == 'ok']
-
-  # Before the new tasks are added: lagged tasks are older, and reused answers are of the new ones.
-  reuse, drawn = rules.mc_use == 'reuse', None
-  if reuse or rules.solve_source == 'lagged':
-    fresh_rows = collections.Counter(task.kind for task in new if reuse)
-    drawn = draw_tasks(step, source, tools, rules, rng,
-                       {kind: n * rules.mc_samples for kind, n in fresh_rows.items()})
-  if rules.keep == 'all':
-    for task in new:
-      buffer.add(task)
-    drawn = draw_tasks(step, buffer, tools, rules, rng) if drawn is None else drawn
-  # Measuring and solving share one sampler call wherever the tasks to solve are known by now.
-  asked = new + (drawn or [])
-  with timer('solve'):
-    counts = [rules.mc_samples] * len(new) + [rules.solve_samples] * (len(asked) - len(new))
-    answers = answer(asked, counts, name, tools, rules, timer=timer)
-  measured, solved = answers[:len(new)], answers[len(new):]
-  _set_solve_rates(proposals, measured)
-  if rules.keep != 'all':
-    for a in proposals:
-      if a.status == 'ok' and rewards_lib.keeps(a.solve_rate, rules.keep):
-        buffer.add(a.task)
-    if drawn is None:
-      drawn = draw_tasks(step, buffer, tools, rules, rng)
-      with timer('solve'):
-        solved = answer(drawn, [rules.solve_samples] * len(drawn), name, tools, rules, timer=timer)
+  measured_flat = [a for group in measured for a in group]
+  solved_flat = [a for group in solved for a in group]
 
   with timer('reward'):
     episodes = [_episode(a, step, tools.rewards.propose(a, seen), train=rules.train_propose)
                 for a in proposals]
-    episodes += [_episode(a, step, tools.rewards.solve(a), train=True) for g in solved for a in g]
+    episodes += [_episode(a, step, tools.rewards.solve(a), train=True) for a in solved_flat]
     episodes += [_episode(a, step, tools.rewards.solve(a), train=rules.mc_use != 'measure')
-                 for g in measured for a in g]
+                 for a in measured_flat]
   for a in proposals:    # after the rewards: diversity terms compare with what was there before
     if a.status == 'ok':
       buffer.count_types(a.task)
-  return Result(proposals, [a for g in measured for a in g],
-                [a for g in solved + (measured if reuse else []) for a in g], episodes)
+  reused = measured_flat if rules.mc_use == 'reuse' else []
+  return Result(proposals, measured_flat, solved_flat + reused, episodes)
+
+
+class _Play(NamedTuple):
+  """One iteration on its way; see `iterate` for the arguments."""
+  step: int
+  buffer: buffer_lib.TaskBuffer
+  source: buffer_lib.TaskBuffer
+  tools: Tools
+  rules: Rules
+  rng: np.random.Generator
+  timer: object
+  name: str
+
+  def propose(self) -> list[Attempt]:
+    with self.timer('propose'):
+      return propose(self.step, self.buffer, self.tools, self.rules, self.rng, timer=self.timer,
+                     source=self.source, name=self.name)
+
+  def solve(self, proposals: list[Attempt]):
+    """(proposals, measured groups, solved groups) by one sampler call wherever possible."""
+    new = [a.task for a in proposals if a.status == 'ok']
+    # Measuring and solving share one sampler call where the tasks to solve are known by now.
+    drawn = self._draw(new)
+    asked = new + (drawn or [])
+    counts = [self.rules.mc_samples] * len(new) + [self.rules.solve_samples] * (
+        len(asked) - len(new))
+    answers = self._answer(asked, counts)
+    return proposals, *self._kept(proposals, answers[:len(new)], answers[len(new):], drawn)
+
+  def overlapped(self):
+    """As `solve(propose())`, in one sampler call.
+
+    A proposal's verdicts are waited for `rules.overlap` looks of the sampler after its end, so
+    what decodes together depends on the sampler alone.
+    """
+    asked = phases.Proposals(self.step, self.buffer, self.source, self.tools, self.rules, self.rng,
+                             self.name)
+    answers = phases.Answers(self.name, self.tools, self.rules)
+    first = len(asked.prompt_ids)              # requests from here on are answers
+    ended: collections.deque[tuple[int, int]] = collections.deque()
+    proposals: list[Attempt] = []
+    valid: list[Attempt] = []                  # in the order of their answers
+    looks, drawn = 0, None
+
+    def on_finish(sample):
+      if sample.request >= first:
+        answers.land(dataclasses.replace(sample, request=sample.request - first))
+        return
+      asked.land(sample)
+      ended.append((looks + self.rules.overlap, sample.request))
+
+    def more():
+      """(prompt, samples) of the requests that follow; None once none will."""
+      nonlocal looks, drawn
+      if len(proposals) == first:
+        return None
+      looks += 1
+      new = []
+      with self.timer('wait', out_of='decode'):
+        while ended and ended[0][0] <= looks:
+          proposals.append(asked.judge(ended.popleft()[1]))
+          if proposals[-1].status == 'ok':
+            new.append(proposals[-1])
+      valid.extend(new)
+      out = [(ids, self.rules.mc_samples) for ids in answers.ask([a.task for a in new])]
+      if len(proposals) == first:
+        proposals.sort(key=lambda a: a.place)
+        drawn = self._draw([a.task for a in proposals if a.status == 'ok'])
+        out += [(ids, self.rules.solve_samples) for ids in answers.ask(drawn or [])]
+      return out
+
+    def stop_fn(request, ids):
+      stop = asked.stop_fn if request < first else answers.stop_fn
+      return None if stop is None else stop(request if request < first else request - first, ids)
+
+    with self.timer('decode'):
+      self.tools.sample(Role.PROPOSE, asked.prompt_ids, [1] * first,
+                        stop_fn if asked.stop_fn or answers.stop_fn else None, on_finish, more)
+    self.tools.idle()
+    with self.timer('wait'):
+      groups = answers.judge()
+    measured = {a.place: group for a, group in zip(valid, groups)}
+    return proposals, *self._kept(proposals, [measured[i] for i in sorted(measured)],
+                                  groups[len(valid):], drawn)
+
+  def _draw(self, new: list[Task]) -> list[Task] | None:
+    """Adds new tasks and draws those to solve; None where both must wait for the solve rates."""
+    rules = self.rules
+    reuse, drawn = rules.mc_use == 'reuse', None
+    # Before the new are added: lagged tasks are older, and reused answers are of the new ones.
+    if reuse or rules.solve_source == 'lagged':
+      fresh_rows = collections.Counter(task.kind for task in new if reuse)
+      drawn = draw_tasks(self.step, self.source, self.tools, rules, self.rng,
+                         {kind: n * rules.mc_samples for kind, n in fresh_rows.items()})
+    if rules.keep == 'all':
+      for task in new:
+        self.buffer.add(task)
+      if drawn is None:
+        drawn = draw_tasks(self.step, self.buffer, self.tools, rules, self.rng)
+    return drawn
+
+  def _kept(self, proposals, measured, solved, drawn):
+    """Solve rates are known: adds the tasks that had to wait for them, and solves what is left."""
+    for attempt, group in zip([a for a in proposals if a.status == 'ok'], measured, strict=True):
+      attempt.solve_rate = float(np.mean([a.accuracy for a in group]))
+    if self.rules.keep != 'all':
+      for a in proposals:
+        if a.status == 'ok' and rewards_lib.keeps(a.solve_rate, self.rules.keep):
+          self.buffer.add(a.task)
+      if drawn is None:
+        tasks = draw_tasks(self.step, self.buffer, self.tools, self.rules, self.rng)
+        solved = self._answer(tasks, [self.rules.solve_samples] * len(tasks))
+    return measured, solved
+
+  def _answer(self, tasks, counts):
+    with self.timer('solve'):
+      return answer(tasks, counts, self.name, self.tools, self.rules, timer=self.timer)
 
 
 def propose(step: int, buffer, tools: Tools, rules: Rules, rng: np.random.Generator, *, timer,
@@ -162,96 +203,27 @@ def propose(step: int, buffer, tools: Tools, rules: Rules, rng: np.random.Genera
 
   `source` and `name` as in `iterate`.
   """
-  name, source = name or str(step), buffer if source is None else source
-  asked = [(kind, *_propose_prompt(kind, source, tools, rules, rng))
-           for kind in tools.kinds for _ in range(rules.batch)]
-  pending: dict[int, tuple] = {}
-
-  def on_finish(sample):
-    kind, references, _ = asked[sample.request]
-    text, well_formed, body = _read(tools, Role.PROPOSE, kind.name, sample)
-    parsed = kind.parse_proposal(body, references) if well_formed else 'format'
-    jobs = [] if isinstance(parsed, str) else kind.validation_jobs(parsed)
-    pending[sample.request] = (text, well_formed, parsed, [tools.submit(j) for j in jobs])
-
+  asked = phases.Proposals(step, buffer, buffer if source is None else source, tools, rules, rng,
+                           name or str(step))
   with timer('decode'):
-    samples = tools.sample(Role.PROPOSE, [ids for _, _, ids in asked], [1] * len(asked),
-                           _stop_fn(tools, Role.PROPOSE, [k.name for k, _, _ in asked]), on_finish)
-  attempts, seen = [], set()
+    tools.sample(Role.PROPOSE, asked.prompt_ids, [1] * len(asked.prompt_ids), asked.stop_fn,
+                 asked.land)
   with timer('wait'):
-    for i, (kind, references, ids) in enumerate(asked):
-      text, well_formed, parsed, jobs = pending[i]
-      attempt = Attempt(Role.PROPOSE, kind, _turn(ids, samples[i][0], text),
-                        group=f'{name}/propose/{kind.name}/{i}', place=i,
-                        references=tuple(references),
-                        parsed=parsed, well_formed=well_formed)
-      if isinstance(parsed, str):
-        attempt.status = parsed
-      else:
-        attempt.verdicts = tuple(_result(f, rules) for f in jobs)
-        task = kind.to_task(parsed, attempt.verdicts, step)
-        attempt.status = task if isinstance(task, str) else 'ok'
-        attempt.task = None if isinstance(task, str) else task
-      if attempt.task is not None and attempt.task.independent and rules.refuse_independent:
-        attempt.status, attempt.task = 'independent', None
-      if attempt.task is not None and tools.excludes(attempt.task):
-        attempt.status, attempt.task = 'excluded', None
-      if attempt.task is not None and rules.refuse_duplicates:
-        if attempt.task.key in seen or attempt.task.key in buffer:
-          attempt.status, attempt.task = 'duplicate', None
-        else:
-          seen.add(attempt.task.key)
-      if attempt.task is not None and not _fits(kind, attempt.task, tools, rules):
-        attempt.status, attempt.task = 'too_long', None
-      attempts.append(attempt)
-  return attempts
+    return [asked.judge(i) for i in range(len(asked.prompt_ids))]
 
 
 def answer(tasks: Sequence[Task], counts: Sequence[int], name: str, tools: Tools, rules: Rules, *,
            timer) -> list[list[Attempt]]:
-  """Samples `counts[i]` answers to `tasks[i]` and checks them; one list of attempts per task.
-
-  All answers to equal tasks are one group, named after `name` and the task's key.
-  """
+  """Samples `counts[i]` answers to `tasks[i]` and checks them; one list of attempts per task."""
   if not tasks:
     return []
-  kinds = {k.name: k for k in tools.kinds}
-  prompt_ids = [_solve_ids(kinds[t.kind], t, tools) for t in tasks]
-  pending: dict[tuple[int, int], tuple] = {}
-  repeated: dict[tuple[int, str], list[futures.Future]] = {}
-
-  def on_finish(sample):
-    task = tasks[sample.request]
-    text, well_formed, body = _read(tools, Role.SOLVE, task.kind, sample)
-    parsed = kinds[task.kind].parse_answer(body) if well_formed else None
-    jobs = []
-    if parsed is not None:
-      if (sample.request, parsed) not in repeated:      # a weak policy repeats itself a lot
-        repeated[sample.request, parsed] = [
-            tools.submit(j) for j in kinds[task.kind].checking_jobs(task, parsed)]
-      jobs = repeated[sample.request, parsed]
-    pending[sample.request, sample.sample] = (text, well_formed, parsed, jobs)
-
+  answers = phases.Answers(name, tools, rules)
+  prompt_ids = answers.ask(tasks)
   with timer('decode'):
-    samples = tools.sample(Role.SOLVE, prompt_ids, list(counts),
-                           _stop_fn(tools, Role.SOLVE, [t.kind for t in tasks]), on_finish)
-  out, places = [], itertools.count()
+    tools.sample(Role.SOLVE, prompt_ids, list(counts), answers.stop_fn, answers.land)
+  tools.idle()
   with timer('wait'):
-    for i, task in enumerate(tasks):
-      group = []
-      for n, sample in enumerate(samples[i]):
-        text, well_formed, parsed, jobs = pending[i, n]
-        attempt = Attempt(Role.SOLVE, kinds[task.kind], _turn(prompt_ids[i], sample, text),
-                          group=f'{name}/solve/{task.kind}/{task.key}', place=next(places),
-                          task=task, parsed=parsed, well_formed=well_formed)
-        if parsed is not None:
-          attempt.verdicts = tuple(_result(f, rules) for f in jobs)
-          attempt.answer = parsed
-          attempt.accuracy = attempt.kind.accuracy(task, parsed, attempt.verdicts)
-          attempt.status = 'ok' if attempt.accuracy == 1 else _why_wrong(attempt.verdicts)
-        group.append(attempt)
-      out.append(group)
-  return out
+    return answers.judge()
 
 
 def draw_tasks(step: int, buffer, tools: Tools, rules: Rules, rng,
@@ -263,78 +235,11 @@ def draw_tasks(step: int, buffer, tools: Tools, rules: Rules, rng,
     window = rules.recent_steps - (rules.solve_source == 'fresh')
     tasks = buffer.draw(kind.name, rng, rules.batch - (have or {}).get(kind.name, 0),
                         step=step, strategy=rules.draw, recent_steps=window)
-    fitting = [t for t in tasks if _fits(kind, t, tools, rules)]
+    fitting = [t for t in tasks if phases.fits(kind, t, tools, rules)]
     if fitting:      # the batch stays full: rows that do not fit are replaced by ones that do
       extra = rng.integers(len(fitting), size=len(tasks) - len(fitting))
       out += fitting + [fitting[i] for i in extra]
   return out
-
-
-def _propose_prompt(kind, buffer, tools: Tools, rules: Rules, rng) -> tuple[list[Task], tuple]:
-  """References and token ids; too long a prompt loses its longest references, then draws others."""
-  variant = int(rng.integers(2**31))
-  count = max(rules.references if rules.show_references else 0, kind.min_references)
-  for _ in range(_REDRAWS):
-    references = kind.references(buffer, rng, count, strategy=rules.reference_draw)
-    while True:
-      ids = tools.tokenizer.encode(kind.propose_prompt(references, tools.prompts, variant))
-      if len(ids) <= rules.max_prompt_tokens:
-        return references, tuple(ids)
-      if len(references) <= kind.min_references:
-        break
-      references.remove(max(references, key=lambda t: len(t.program)))
-  raise ValueError(f'sampler.max_prompt_tokens={rules.max_prompt_tokens} is too small: a '
-                   f'{kind.name} proposal prompt has {len(ids)} tokens; allow at least that many.')
-
-
-def _solve_ids(kind, task: Task, tools: Tools) -> tuple[int, ...]:
-  return tuple(tools.tokenizer.encode(kind.solve_prompt(task, tools.prompts)))
-
-
-def _fits(kind, task: Task, tools: Tools, rules: Rules) -> bool:
-  return len(_solve_ids(kind, task, tools)) <= rules.max_prompt_tokens
-
-
-def _read(tools: Tools, role: Role, kind: str, sample: Any) -> tuple[str, bool, str]:
-  """(text of a response, whether it has the demanded form, what `parse_*` reads)."""
-  text = tools.tokenizer.decode(sample.ids, skip_special=True, continues=True)
-  well_formed, body = tools.prompts.extract(role, kind, text, finished=sample.finish == 'stop')
-  return text, well_formed, body
-
-
-def _stop_fn(tools: Tools, role: Role, kinds: Sequence[str]):
-  """The sampler's text stop: how many tokens of a response to keep, or None to go on."""
-  stops = {name: tools.prompts.stops(role, name) for name in set(kinds)}
-  if not any(stops.values()):
-    return None
-  return lambda request, ids: tools.tokenizer.stop_position(ids, stops[kinds[request]])
-
-
-def _turn(prompt_ids: tuple[int, ...], sample: Any, text: str) -> Turn:
-  return Turn(prompt_ids=prompt_ids, response_ids=tuple(sample.ids),
-              sampler_logprobs=tuple(sample.sampler_logprobs),
-              model_logprobs=tuple(sample.model_logprobs), text=text, finish=sample.finish)
-
-
-def _result(future: futures.Future, rules: Rules) -> Verdict:
-  try:
-    return future.result(timeout=rules.deadline_s)
-  except futures.TimeoutError:
-    raise RuntimeError(f'the executor gave no verdict within {rules.deadline_s:.0f} s; its own '
-                       'limits should have ended the program. Check its log and restart.') from None
-
-
-def _why_wrong(verdicts: Sequence[Verdict]) -> str:
-  for verdict in verdicts:
-    if verdict.status != Status.OK:
-      return verdict.status.value
-  return 'wrong'
-
-
-def _set_solve_rates(proposals: list[Attempt], measured: list[list[Attempt]]) -> None:
-  valid = [a for a in proposals if a.status == 'ok']
-  for attempt, group in zip(valid, measured, strict=True):
-    attempt.solve_rate = float(np.mean([a.accuracy for a in group]))
 
 
 def _episode(a: Attempt, step: int, scored: tuple[float, dict[str, float]], *,

@@ -208,6 +208,33 @@ def test_several_updates_draw_from_the_buffer_of_the_start(make):
       e.turns for e in first.episodes if e.role == Role.PROPOSE][:12]
 
 
+def test_one_step_off_policy_is_the_same_updates_one_play_later(make, tmp_path):
+  """What the scripted model writes does not depend on its weights, so the updates must agree."""
+  def c(steps, off):
+    return make(algorithm__importance='truncate', train__off_policy_steps=off, train__steps=steps,
+                selfplay__kinds=('deduction',), checkpoint__every_steps=1)
+  on = train.run(c(2, 0), tmp_path / 'on', stream=io.StringIO())
+  off = train.run(c(3, 1), tmp_path / 'off', stream=io.StringIO())
+  assert int(off.state.step) == int(on.state.step) == 2
+  for name in ('params', 'opt_state'):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(getattr(off.state, name)),
+                 jax.device_get(getattr(on.state, name)))
+  # The advantages of a play are known at its end, and its update is logged with the next.
+  logged = [[json.loads(x) for x in (tmp_path / w / 'metrics.jsonl').read_text().splitlines()]
+            for w in ('on', 'off')]
+  assert logged[1][0]['train/updates_without_rows'] == 1
+  assert logged[1][2]['train/loss'] == logged[0][1]['train/loss']
+  episodes = [records.read(next((tmp_path / w / 'episodes').glob('*1.jsonl*')))
+              for w in ('on', 'off')]
+  assert [e.advantage for e in episodes[0]] == [e.advantage for e in episodes[1]]
+  # The rows that wait are in the checkpoint.
+  train.run(c(1, 1), tmp_path / 'parts', stream=io.StringIO())
+  resumed = train.run(c(3, 1), tmp_path / 'parts', stream=io.StringIO())
+  assert resumed.host_state() == off.host_state() and resumed.host_state()['ahead']
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed.state),
+               jax.device_get(off.state))
+
+
 def test_first_iterations_may_train_the_solver_alone(make):
   (first, second), _ = _play(make(selfplay__solver_only_steps=1), 2, learns=True)
   assert not first.result.proposals and len(first.result.solved) == 12

@@ -114,6 +114,30 @@ def test_neighbours_slots_and_order_do_not_change_a_row():
       [[24] * 2, [5], [11] * 3, [24], [2] * 4])
 
 
+def test_requests_may_follow_while_others_decode():
+  """In three lots, the last one when nothing runs any more: the tokens of one call with all."""
+  requests = [sampler.Request(_prompt(n, n), samples=k, max_new_tokens=m)
+              for n, k, m in ((3, 2, 24), (50, 1, 5), (9, 3, 11), (17, 1, 24), (33, 4, 2),
+                              (50, 2, 20))]
+  whole = _shared_sampler().generate(_params(), requests, KEY)
+  lots = [(), requests[1:3], None, requests[3:5], requests[5:], ()]
+  running, finished = [], []
+
+  def more():
+    if not lots:
+      return None
+    if lots[0] is None and len(finished) < 6:        # the third lot waits for an empty batch
+      return ()
+    return lots.pop(0) or ()
+  bit_by_bit = _shared_sampler().generate(
+      _params(), requests[:1], KEY, more=more, on_finish=finished.append,
+      progress=lambda tokens, done, rows: running.append((done, rows)))
+  assert _ids(bit_by_bit) == _ids(whole)
+  assert running[-1] == (13, 13) and {rows for _, rows in running} >= {2, 6, 13}
+  for a, b in zip(sum(bit_by_bit, []), sum(whole, [])):
+    np.testing.assert_allclose(a.model_logprobs, b.model_logprobs, atol=1e-5)
+
+
 def test_noise_differs_between_samples_streams_and_calls_and_repeats_with_the_key():
   twice = [sampler.Request(_prompt(8, 1), samples=3), sampler.Request(_prompt(8, 1))]
   first = _ids(_shared_sampler().generate(_params(), twice, KEY))

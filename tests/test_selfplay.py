@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One iteration with a scripted model and the real executor: who gets which reward, and why."""
 
+from concurrent import futures
 import contextlib
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -35,21 +37,35 @@ class Script:
     self.shuffle = random.Random(shuffle_seed)
     self.prompts = {Role.PROPOSE: [], Role.SOLVE: []}
 
-  def sample(self, role, prompt_ids, counts, stop_fn, on_finish):
-    self.prompts[role].append([self.tokenizer.decode(p) for p in prompt_ids])
-    rows = [(i, n) for i, count in enumerate(counts) for n in range(count)]
-    texts = {}
-    for i, n in rows:
-      prompt = self.tokenizer.decode(prompt_ids[i])
-      texts[i, n] = (self.proposals[i % len(self.proposals)] if role == Role.PROPOSE
-                     else self.answers(prompt, n))
-    samples = {}
-    self.shuffle.shuffle(rows)
-    for i, n in rows:
-      ids = tuple(self.tokenizer.encode(texts[i, n]))
+  def sample(self, role, prompt_ids, counts, stop_fn, on_finish, more=None):
+    """With `more`, answers follow the proposals, and three rows end between two looks."""
+    asked, rows, samples = [], [], {}
+
+    def ask(role, pairs):
+      self.prompts[role].append([self.tokenizer.decode(ids) for ids, _ in pairs])
+      new = [(len(asked) + i, n) for i, (_, count) in enumerate(pairs) for n in range(count)]
+      asked.extend((role, self.tokenizer.decode(ids), count) for ids, count in pairs)
+      self.shuffle.shuffle(new)
+      rows.extend(new)
+
+    def end(i, n):
+      role, prompt, _ = asked[i]
+      text = (self.proposals[i % len(self.proposals)] if role == Role.PROPOSE
+              else self.answers(prompt, n))
+      ids = tuple(self.tokenizer.encode(text))
+      assert stop_fn is None or stop_fn(i, ids) in (None, len(ids))
       samples[i, n] = Sample(i, n, ids, (-1.0,) * len(ids), (-1.0,) * len(ids), 'stop')
       on_finish(samples[i, n])
-    return [[samples[i, n] for n in range(count)] for i, count in enumerate(counts)]
+
+    ask(role, list(zip(prompt_ids, counts)))
+    while more is not None or rows:
+      further = None if more is None else more()
+      more = None if further is None else more
+      if further:
+        ask(Role.SOLVE, further)
+      for _ in range(min(3, len(rows)) if more is not None else len(rows)):
+        end(*rows.pop(0))
+    return [[samples[i, n] for n in range(count)] for i, (_, _, count) in enumerate(asked)]
 
 
 def _play(script, executor, *, steps=1, kinds=('deduction',), probes=0, **changes):
@@ -65,7 +81,7 @@ def _play(script, executor, *, steps=1, kinds=('deduction',), probes=0, **change
   for kind in tools.kinds:
     buffer.extend(kind.seeds())
   results = [selfplay.iterate(step, buffer, tools, rules, np.random.default_rng([0, step]),
-                              timer=lambda phase: contextlib.nullcontext())
+                              timer=lambda *_, **__: contextlib.nullcontext())
              for step in range(1, steps + 1)]
   return results, buffer
 
@@ -128,6 +144,51 @@ def test_results_do_not_depend_on_the_order_of_completion(executor):
   (a, buffer_a), (b, buffer_b) = runs
   assert [r.episodes for r in a] == [r.episodes for r in b]
   assert buffer_a.state() == buffer_b.state()
+
+
+@pytest.mark.parametrize('changes', [
+    {}, {'mc_use': 'reuse', 'solve_samples': 2}, {'mc_use': 'train', 'solve_source': 'lagged'},
+    {'keep': 'non_one'}, {'solver_only_steps': 1}], ids=str)
+def test_overlapped_phases_give_what_phases_in_turn_give(changes, executor):
+  """Whatever is validated when, and in whatever order rows end: the same episodes and buffer."""
+  def play(seed, **more):
+    script = Script([GOOD % 1, RANDOM, GOOD % 2, 'no tags', GOOD % 3, GOOD % 4],
+                    _answer(True, False, True), seed)
+    results, memory = _play(script, executor, steps=2, batch=6, mc_samples=3,
+                            **more, **changes)
+    return [r.episodes for r in results], memory.state(), script.prompts
+  episodes, state, prompts = play(0)
+  for overlap, seed in ((1, 3), (4, 4)):
+    found = play(seed, overlap=overlap)
+    assert found[:2] == (episodes, state)
+    calls = [len(found[2][role]) for role in (Role.PROPOSE, Role.SOLVE)]
+    assert calls[0] == len(prompts[Role.PROPOSE]) and calls[1] > len(prompts[Role.SOLVE]), found[2]
+
+
+def test_what_decodes_together_does_not_depend_on_the_executors_timing(executor):
+  class Late:
+    """The executor, some of whose verdicts come late."""
+    def __init__(self, seed):
+      self.random = random.Random(seed)
+
+    def submit(self, job):
+      inner, outer = executor.submit(job), futures.Future()
+      threading.Timer(self.random.choice((0, 0, 0.2)),
+                      lambda: outer.set_result(inner.result())).start()
+      return outer
+  runs = []
+  for seed in (0, 1):
+    script = Script([GOOD % n for n in range(6)], _answer(True, False))
+    _play(script, Late(seed), batch=6, overlap=1)
+    runs.append(script.prompts)
+  assert runs[0] == runs[1] and len(runs[0][Role.SOLVE]) == 2
+
+
+def test_of_equal_proposals_in_flight_one_is_valid(executor):
+  (result,), memory = _play(Script([GOOD % 1], _answer(True, False)), executor, overlap=2)
+  assert sorted(a.status for a in result.proposals) == ['duplicate'] * 3 + ['ok']
+  assert [a.place for a in result.proposals] == [0, 1, 2, 3]
+  assert memory.sizes() == {'deduction': 2} and len(result.measured) == 4
 
 
 def test_fresh_solves_this_iterations_tasks_lagged_the_last_ones(executor):

@@ -102,6 +102,7 @@ def test_a_run_in_two_parts_equals_an_uninterrupted_one(uninterrupted, tmp_path,
     {'roles.propose': 'base', 'selfplay.train_propose': False},
     {'roles.reference': 'base', 'algorithm.kl_coef': 0.1},
     {'algorithm.old_logprobs': 'recompute', 'algorithm.mini_batches': 2},
+    {'selfplay.overlap': 1},
 ], ids=lambda c: next(iter(c)))
 def test_options_run_resume_and_move_the_policy(changes, tmp_path):
   def c(steps):
