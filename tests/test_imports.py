@@ -15,7 +15,8 @@ ALLOWED = {                              # room -> rooms it may import
     'executor': {'types'},
     'intrinsic': set(), 'rewards': {'intrinsic'}, 'tasks': {'types', 'rewards', 'intrinsic'},
     'buffer': {'types', 'tasks', 'intrinsic'}, 'records': {'types'},
-    'grammar': {'tasks', 'types'}, 'documents': {'grammar', 'tasks', 'types'}, 'lexicon': set(),
+    'grammar': {'tasks', 'types'}, 'tracing': {'grammar'}, 'lexicon': set(),
+    'documents': {'grammar', 'tasks', 'tracing', 'types'},
     'tokenizer': _TOKENIZER, 'tokenizer_files': {'tokenizer_spec', 'tokenizer_spm'},
     'tokenizer_gguf': {'tokenizer_spec', 'tokenizer_spm'}, 'tokenizer_spm': {'tokenizer_spec'},
     'tokenizer_spec': set(),
@@ -29,7 +30,7 @@ ALLOWED = {                              # room -> rooms it may import
     'learner': {'models', 'sharding', 'reinforce', 'advantages', 'logprobs', 'optimizer',
                 'packing', 'learner_metrics'},
     'metrics': set(), 'checkpoint': {'metrics'}, 'summary': {'metrics', 'types', 'tasks'},
-    'selfplay': {'buffer', 'rewards', 'types'},
+    'phases': {'types'}, 'selfplay': {'buffer', 'phases', 'rewards', 'types'},
     'seeding': {'buffer', 'selfplay', 'tasks', 'types', 'grammar'},
     'controls': {'rewards'},
 }
