@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an iteration's time goes, with phases in turn, overlapped, and with updates one play behind.
+"""Where an iteration's time goes: phases in turn, overlapped, with updates one play behind.
 
   python benchmarks/loop.py                                 # the carried model, two CPU cores
   python benchmarks/loop.py --config configs/smollm2.py --iterations 2
