@@ -267,7 +267,7 @@ def step(data, rounds):
   with (
     Executor(workers=2, cache_size=0, nice=0) as executor,
     Executor(workers=2, nice=0) as caching,
-    pebble.ProcessPool(max_workers=1) as pool,
+    pebble.ProcessPool(max_workers=1, initializer=pebble_way.quiet) as pool,
   ):
     pebble_way.call(pool, 'x = 1\nx')
     executor.run([Job('run', 'def f(x): return x', ('1',))])

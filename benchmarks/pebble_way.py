@@ -10,6 +10,7 @@ import ast
 import contextlib
 import functools
 import io
+import os
 import pickle
 import re
 import signal
@@ -60,6 +61,11 @@ def _work(lines, runtime, parse_first=False):
     return result, 'Done'
   except BaseException:
     return '', traceback.format_exc().split('\n')[-2]
+
+
+def quiet():
+  """Sends what the programs print elsewhere; for the start of a worker."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def call(pool, source, parse_first=False):

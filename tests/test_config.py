@@ -68,6 +68,11 @@ def test_an_unknown_field_is_named_with_what_is_allowed():
 
 @pytest.mark.parametrize('change, words', [
     ({'roles.propose': 'base'}, 'train_propose'),
+    ({'roles.propose': 'base', 'selfplay.train_propose': False, 'selfplay.overlap': 1},
+     'roles.propose='),
+    ({'train.off_policy_steps': 1}, 'algorithm.importance='),
+    ({'train.off_policy_steps': 1, 'algorithm.importance': 'mask', 'selfplay.updates': 2},
+     'selfplay.updates=2'),
     ({'roles.solve': 'base'}, 'nothing to train'),
     ({'algorithm.kl_coef': 0.1}, 'roles.reference'),
     ({'mesh.fsdp': -1}, 'only one axis'),
