@@ -15,7 +15,8 @@ CONTROLS = {
     'random_rewards': {'reward.name': 'random'},
     'format_only': {'reward.name': 'format'},
     'validity_only': {'reward.name': 'validity'},
-    'proposer_frozen': {'roles.propose': 'base', 'selfplay.train_propose': False},
+    'proposer_frozen': {'roles.propose': 'base', 'selfplay.train_propose': False,
+                        'selfplay.overlap': 0},
     # As many answers per iteration as valid proposals would get, to tasks that never change.
     'solver_only': {'selfplay.seeds': 'grammar', 'seeding.tasks': 1000, 'selfplay.solve_samples': 8,
                     'selfplay.solver_only_steps': 10**9},
@@ -45,13 +46,14 @@ def get_config(arg=None):
   c.selfplay.mc_samples = 8
   c.selfplay.mc_use = 'reuse'
   c.selfplay.references = 1
+  c.selfplay.overlap = 2
   c.selfplay.induction_cases = 6
   c.selfplay.exclude = 'heldout'
   c.selfplay.refuse_independent = True
   c.sampler.slots = 128
   c.sampler.max_prompt_tokens = 256
   c.sampler.max_propose_tokens = 96
-  c.sampler.max_solve_tokens = 160
+  c.sampler.max_solve_tokens = 192
   c.executor.validate_timeout_s = 1.0
   c.executor.score_timeout_s = 1.0
   c.executor.memory_mb = 256

@@ -4,7 +4,9 @@
 python -m absolute_zero_jax.main --config configs/tiny_pretrain.py --workdir runs/tiny_base
 
 Hardware: 2 CPU cores. `workdir/export` is a Hugging Face directory (Qwen2 architecture). The same
-command continues an interrupted run; --config.train.steps=N makes it longer.
+command continues an interrupted run; --config.train.steps=N makes it longer, and
+--config.model.name=FOLDER begins with the weights there. How the carried weights came about is in
+docs/learning.md.
 """
 
 from absolute_zero_jax import config as base
@@ -21,8 +23,9 @@ def get_config(arg=None):
   c.model.remat = 'none'
   c.selfplay.prompts = 'tiny'
   c.selfplay.induction_cases = 6
-  c.pretrain.batch = 16
-  c.train.steps = 5000
+  c.pretrain.batch, c.pretrain.line_tokens = 12, 352
+  c.pretrain.think = 0.6
+  c.train.steps = 8000
   c.optimizer.name = 'muon'
   c.optimizer.learning_rate = 4e-3
   c.optimizer.warmup_steps = 50
