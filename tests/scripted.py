@@ -42,21 +42,26 @@ class Sampler:
     self.tokenizer = tokenizer.load('bytes')
     self.tokens = collections.Counter()
 
-  def generate(self, params, requests, key, *, stop_fn=None, on_finish=None, **options):
+  def generate(self, params, requests, key, *, stop_fn=None, on_finish=None, more=None,
+               **options):
     del params, options
-    out = []
-    for i, request in enumerate(requests):
-      prompt = self.tokenizer.decode(request.prompt_ids)
-      out.append([])
-      for n in range(request.samples):
-        rng = np.random.default_rng([*np.asarray(jax.random.key_data(key)), i, n])
-        ids = tuple(self.tokenizer.encode(_response(prompt, rng)))
-        assert stop_fn is None or stop_fn(i, ids) == len(ids)
-        out[-1].append(Sample(i, n, ids, (-1.0,) * len(ids), (-1.0,) * len(ids), 'stop'))
-        self.tokens[prompt.split()[0]] += len(ids)
-    for samples in reversed(out):
-      for sample in samples:
-        on_finish(sample)
+    out, lot = [], list(requests)
+    while lot or more is not None:
+      first = len(out)
+      for i, request in enumerate(lot, first):
+        prompt = self.tokenizer.decode(request.prompt_ids)
+        out.append([])
+        for n in range(request.samples):
+          rng = np.random.default_rng([*np.asarray(jax.random.key_data(key)), i, n])
+          ids = tuple(self.tokenizer.encode(_response(prompt, rng)))
+          assert stop_fn is None or stop_fn(i, ids) == len(ids)
+          out[-1].append(Sample(i, n, ids, (-1.0,) * len(ids), (-1.0,) * len(ids), 'stop'))
+          self.tokens[prompt.split()[0]] += len(ids)
+      for samples in reversed(out[first:]):
+        for sample in samples:
+          on_finish(sample)
+      lot = None if more is None else more()
+      more = None if lot is None else more
     return out
 
   def stats(self):
