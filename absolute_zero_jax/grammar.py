@@ -165,7 +165,8 @@ def run(source: str, given: str) -> str | None:
 def variant(rng: random.Random, source: str) -> str | None:
   """The program with one number, letter or operator changed; None where there is nothing to change.
 
-  What comes out may fail when it runs, but it ends: programs with `while` are left alone.
+  Nor is a program of the test side ever given. What comes out may fail when it runs, but it ends:
+  programs with `while` are left alone.
   """
   if 'while ' in source:
     return None
@@ -177,7 +178,8 @@ def variant(rng: random.Random, source: str) -> str | None:
   others = {' + ': ' - ', ' - ': ' + ', ' < ': ' > ', ' > ': ' < '}
   options = [others[found]] if found in others else [
       x for x in (_CONSTANTS['c'] if found[0] == "'" else '123456789') if x != found]
-  return source[:place.start()] + rng.choice(options) + source[place.end():]
+  made = source[:place.start()] + rng.choice(options) + source[place.end():]
+  return None if is_held_out(key(made)) else made
 
 
 def nearby(rng: random.Random, given: str) -> str:

@@ -109,6 +109,7 @@ def test_answers_and_thinking_are_true(written):
         for candidate in (*wrong, right):
           if candidate:
             candidate, tries = _split_candidate('def f(' + candidate)
+            assert not grammar.is_held_out(grammar.key(candidate))
             _check_tries(tries, candidate, pairs=pairs)
         assert not right or _split_candidate('def f(' + right)[0] == answer
   assert set(counts) == {(k, t) for k in ('deduction', 'abduction', 'induction')
