@@ -17,12 +17,12 @@ import statistics
 
 from absolute_zero_jax import metrics, parts, run
 
+_BEHIND = {'train.off_policy_steps': 1, 'algorithm.importance': 'truncate'}
 WAYS = {
-    'in turn': {},
-    'overlapped': {'selfplay.overlap': 1},
-    'one play behind': {'train.off_policy_steps': 1, 'algorithm.importance': 'truncate'},
-    'both': {'selfplay.overlap': 1, 'train.off_policy_steps': 1,
-             'algorithm.importance': 'truncate'},
+    'in turn': {'selfplay.overlap': 0},
+    'overlapped': {'selfplay.overlap': 2},
+    'one play behind': {'selfplay.overlap': 0} | _BEHIND,
+    'both': {'selfplay.overlap': 2} | _BEHIND,
 }
 PHASES = ('decode', 'wait', 'reward', 'update', 'metrics', 'iteration')
 
