@@ -11,11 +11,12 @@ from typing import Any
 
 import ml_collections
 
-from absolute_zero_jax import config_checks
+from absolute_zero_jax import config_checks, presets
 
 ConfigDict = ml_collections.ConfigDict
 ConfigError = config_checks.ConfigError
 check_field = config_checks.check_field
+PRESETS = presets.PRESETS
 
 
 def get_config() -> ConfigDict:
@@ -296,33 +297,6 @@ def get_config() -> ConfigDict:
   c.log.flag_words = ('outsmart', 'deceive', 'humans', 'take over', 'escape')
   c.log.profile_step = -1             # write a jax.profiler trace of this iteration; -1 = none
   return c
-
-
-# What the paper's own code and the paper's own equations do, as differences from the default
-# `azr`. Source: the reference's `paper` branch; arXiv:2505.03335v2 Eq. 4-9; spec section 15.
-_AZR_PAPER = {
-    'selfplay.solve_source': 'lagged', 'selfplay.refuse_duplicates': False,
-    'selfplay.format_rule': 'azr', 'seeding.clean': ('comments', 'globals'),
-    'reward.zero_learnability': -0.5, 'algorithm.aggregation': 'role_microbatch',
-    'algorithm.aggregation_rows': 16, 'algorithm.entropy_coef': 0.001,
-    'optimizer.weight_decay': 0.01,
-    # Python's ==, as the reference compares; the fence and the parsers stay ours.
-    'executor.options': {'equality': 'loose'},
-    'selfplay.kind_options': {'rules': {
-        'functions': 'one', 'rename': 'not_first', 'reject_constant': False,
-        'banned_words': 'azr'}, 'distinct_inputs': False},
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    'azr': {},
-    'azr_paper': _AZR_PAPER,
-    'azr_paper_eq': _AZR_PAPER | {
-        'selfplay.solve_source': 'fresh', 'reward.zero_learnability': 0.0,
-        'algorithm.aggregation': 'sequence'},
-    # The reference's main branch; its greedy Monte-Carlo answers are not reproduced.
-    'azr_main': _AZR_PAPER | {
-        'algorithm.entropy_coef': 0.0, 'optimizer.weight_decay': 0.0,
-        'algorithm.clip_high': 0.28, 'algorithm.dual_clip': 3.0},
-}
 
 
 def apply_preset(c: ConfigDict, name: str) -> ConfigDict:

@@ -99,8 +99,7 @@ def _outcome(test: ast.expr, variables: dict[str, Any]) -> list[str]:
 
 
 def _working(expression: ast.expr, variables: dict[str, Any]) -> list[str]:
-  if not isinstance(expression, _INNER) and not any(
-      isinstance(x, _INNER) for x in ast.walk(expression)):
+  if not any(isinstance(x, _INNER) for x in ast.walk(expression)):
     return []                # a name, a constant, or a display of these: its value says it all
   filled = _Fill(variables).visit(copy.deepcopy(expression))
   lines = [ast.unparse(filled)]

@@ -11,7 +11,8 @@ _TOKENIZER = {'tokenizer', 'tokenizer_files', 'tokenizer_gguf', 'tokenizer_spec'
 _HOST = {'tasks', 'rewards', 'buffer', 'records', 'intrinsic', 'grammar', 'documents',
          'lexicon', 'controls'} | _TOKENIZER
 ALLOWED = {                              # room -> rooms it may import
-    'types': set(), 'config': {'config_checks'}, 'config_checks': set(),
+    'types': set(), 'config': {'config_checks', 'presets'},
+    'config_checks': set(), 'presets': set(),
     'executor': {'types'},
     'intrinsic': set(), 'rewards': {'intrinsic'}, 'tasks': {'types', 'rewards', 'intrinsic'},
     'buffer': {'types', 'tasks', 'intrinsic'}, 'records': {'types'},
@@ -34,7 +35,7 @@ ALLOWED = {                              # room -> rooms it may import
     'seeding': {'buffer', 'selfplay', 'tasks', 'types', 'grammar'},
     'controls': {'rewards'},
 }
-NO_JAX = {'types', 'config', 'config_checks', 'executor', 'main'} | _HOST
+NO_JAX = {'types', 'config', 'config_checks', 'presets', 'executor', 'main'} | _HOST
 
 
 def _edges(path):

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published settings by name, as differences from the defaults in `config`."""
+
+from typing import Any
+
+# What the paper's own code and the paper's own equations do, as differences from the default
+# `azr`. Source: the reference's `paper` branch; arXiv:2505.03335v2 Eq. 4-9; spec section 15.
+_AZR_PAPER = {
+    'selfplay.solve_source': 'lagged', 'selfplay.refuse_duplicates': False,
+    'selfplay.format_rule': 'azr', 'seeding.clean': ('comments', 'globals'),
+    'reward.zero_learnability': -0.5, 'algorithm.aggregation': 'role_microbatch',
+    'algorithm.aggregation_rows': 16, 'algorithm.entropy_coef': 0.001,
+    'optimizer.weight_decay': 0.01,
+    # Python's ==, as the reference compares; the fence and the parsers stay ours.
+    'executor.options': {'equality': 'loose'},
+    'selfplay.kind_options': {'rules': {
+        'functions': 'one', 'rename': 'not_first', 'reject_constant': False,
+        'banned_words': 'azr'}, 'distinct_inputs': False},
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    'azr': {},
+    'azr_paper': _AZR_PAPER,
+    'azr_paper_eq': _AZR_PAPER | {
+        'selfplay.solve_source': 'fresh', 'reward.zero_learnability': 0.0,
+        'algorithm.aggregation': 'sequence'},
+    # The reference's main branch; its greedy Monte-Carlo answers are not reproduced.
+    'azr_main': _AZR_PAPER | {
+        'algorithm.entropy_coef': 0.0, 'optimizer.weight_decay': 0.0,
+        'algorithm.clip_high': 0.28, 'algorithm.dual_clip': 3.0},
+}
