@@ -221,43 +221,6 @@ def _our_step(executor, deduction, abduction, induction):
   return executor.run(jobs)
 
 
-def _reference_step(pool, deduction, abduction, induction):
-  calls = 0
-
-  def check(program, text):
-    assert pebble_way.may_import(program)
-    source = (
-      f'{program}\nreturned = f({text})\nif returned != f({text}):\n'
-      '  raise Exception("Non-deterministic code")\nrepr(returned)'
-    )
-    return pebble_way.call(pool, source, parse_first=True)
-
-  def verify(program, text, gold):
-    output, status = pebble_way.call(pool, f'{program}\n{gold} == f({text})')
-    return 'error' not in status.lower() and bool(eval(output or '0'))
-
-  for p, i, _ in deduction + abduction:
-    check(p, i)
-    calls += 1
-  for p, cases in induction:
-    for i, _ in cases:
-      check(p, i)
-      calls += 1
-  for _, _, o in deduction:        # in the trainer, as the reference does
-    for _ in range(9):
-      eval(f'eval({o!r}) == eval({o!r})')
-  for k, (p, i, o) in enumerate(abduction):
-    for answer in [*_answers(abduction, k), i]:
-      verify(p, answer, o)
-      calls += 1
-  for p, cases in induction:
-    for _ in range(9):
-      for i, o in cases[5:]:
-        verify(p, i, o)
-        calls += 1
-  return calls
-
-
 def step(data, rounds):
   """One training step's worth of validation and scoring."""
   import pebble
@@ -281,7 +244,7 @@ def step(data, rounds):
       worker = next(iter(pool._pool_manager.worker_manager.workers.values())).pid
       before = _process_cpu(worker) + time.process_time()
       began = time.perf_counter()
-      calls = _reference_step(pool, *parts)
+      calls = pebble_way.step(pool, *parts, _answers)
       theirs.append(time.perf_counter() - began)
       their_cpu.append(_process_cpu(worker) + time.process_time() - before)
       began = time.perf_counter()

@@ -93,3 +93,41 @@ def may_import(program):
     elif isinstance(node, ast.ImportFrom):
       found += [*(node.module or '').split('.'), *(alias.name for alias in node.names)]
   return not any(name in _BANNED for name in found)
+
+
+def step(pool, deduction, abduction, induction, answers):
+  """The calls of one training step; `answers(abduction, k)` are those to task k. Their number."""
+  calls = 0
+
+  def check(program, text):
+    assert may_import(program)
+    source = (
+      f'{program}\nreturned = f({text})\nif returned != f({text}):\n'
+      '  raise Exception("Non-deterministic code")\nrepr(returned)'
+    )
+    return call(pool, source, parse_first=True)
+
+  def verify(program, text, gold):
+    output, status = call(pool, f'{program}\n{gold} == f({text})')
+    return 'error' not in status.lower() and bool(eval(output or '0'))
+
+  for p, i, _ in deduction + abduction:
+    check(p, i)
+    calls += 1
+  for p, cases in induction:
+    for i, _ in cases:
+      check(p, i)
+      calls += 1
+  for _, _, o in deduction:        # in the trainer, as the reference does
+    for _ in range(9):
+      eval(f'eval({o!r}) == eval({o!r})')
+  for k, (p, i, o) in enumerate(abduction):
+    for answer in [*answers(abduction, k), i]:
+      verify(p, answer, o)
+      calls += 1
+  for p, cases in induction:
+    for _ in range(9):
+      for i, o in cases[5:]:
+        verify(p, i, o)
+        calls += 1
+  return calls

@@ -7,8 +7,9 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
+import random_rows as rows_lib
 
-from absolute_zero_jax import advantages, learner, optimizer, packing, reinforce, sharding
+from absolute_zero_jax import learner, optimizer, packing, reinforce, sharding
 from absolute_zero_jax.models import decoder
 from absolute_zero_jax.models.config import ModelConfig
 
@@ -34,29 +35,6 @@ def params():
   # Weights of about 1: with those of the usual initialisation all gradients but few are tiny.
   random = decoder.init(CONFIG, jax.random.key(0))
   return jax.tree.map(lambda x: x * 10 if x.std() > 0 else x, random)
-
-
-def _rows(count=13, seed=0, longest=40, **fixed):
-  rng = np.random.default_rng(seed)
-  rows = []
-  for i in range(count):
-    n = int(rng.integers(1, longest))
-    row = dict(prompt_ids=rng.integers(1, 96, rng.integers(1, 30)).tolist(),
-               response_ids=rng.integers(1, 96, n).tolist(),
-               sampler_logprobs=(-4 * rng.random(n)).tolist(),
-               model_logprobs=(-4 * rng.random(n)).tolist(), reward=float(rng.standard_normal()),
-               kind='ab'[i % 2], role=('propose', 'solve')[i % 3 == 0], prompt=i // 4)
-    rows.append(learner.Row(**row | fixed))
-  return rows
-
-
-def _answers(prompts=5, each=7, seed=0):
-  """Rows of which `each` answer the same prompt; a prompt of a single token is among them."""
-  firsts = _rows(prompts, seed)
-  firsts[0] = learner.Row(**vars(firsts[0]) | {'prompt_ids': [5]})
-  rows = _rows(prompts * each, seed + 1)
-  return [learner.Row(**vars(row) | {'prompt_ids': firsts[i % prompts].prompt_ids})
-          for i, row in enumerate(rows)]
 
 
 def _update(params, rows, *, mesh=None, tx=RECORD, algorithm='trr_plus_plus', fields=None,
@@ -94,14 +72,14 @@ def _plain_logprobs(params, rows):
 @pytest.fixture(scope='module')
 def whole(params):
   """All rows as one micro-batch on one device."""
-  state, metrics, _ = _update(params, _rows())
+  state, metrics, _ = _update(params, rows_lib.rows())
   assert metrics['micro_batches'] == 1
   return state.opt_state.trace, metrics
 
 
 def test_the_gradient_is_that_of_a_plain_loss_over_the_rows(params):
   """All logits, autodiff, no packing: only the definition is shared."""
-  rows = _rows(6, 5, 20)
+  rows = rows_lib.rows(6, 5, 20)
   score = np.array([r.reward for r in rows])
   length = np.array([len(r.response_ids) for r in rows])
   group = np.array([f'{r.role}{r.kind}' for r in rows])
@@ -131,7 +109,7 @@ def test_the_gradient_is_that_of_a_plain_loss_over_the_rows(params):
     dict(micro_batch_tokens=256), dict(micro_batch_tokens=256, pack=True),
     dict(chunk=7, remat='none')], ids=['micro', 'packed', 'small chunks'])
 def test_the_layout_changes_nothing(params, whole, options):
-  state, metrics, _ = _update(params, _rows(), **options)
+  state, metrics, _ = _update(params, rows_lib.rows(), **options)
   assert _apart(whole[0], state.opt_state.trace) < 1e-6
   for name in ('loss', 'grad_norm', 'entropy', 'mismatch_abs', 'solve_a/entropy'):
     np.testing.assert_allclose(metrics[name], whole[1][name], rtol=1e-6)
@@ -140,7 +118,7 @@ def test_the_layout_changes_nothing(params, whole, options):
 @pytest.fixture(scope='module')
 def answered(params):
   """As `whole`, for rows of which several answer the same prompt, each with its own copy of it."""
-  state, metrics, _ = _update(params, _answers())
+  state, metrics, _ = _update(params, rows_lib.answers())
   return state.opt_state.trace, metrics
 
 
@@ -148,7 +126,7 @@ def answered(params):
     dict(remat='none'), dict(pack=True, micro_batch_tokens=256, length_buckets=(128,))])
 def test_sharing_the_prompts_changes_nothing(params, answered, options):
   gradient, expected = answered
-  state, metrics, _ = _update(params, _answers(), share_prompts=True, **options)
+  state, metrics, _ = _update(params, rows_lib.answers(), share_prompts=True, **options)
   assert _apart(gradient, state.opt_state.trace) < 3e-6
   for name in ('loss', 'grad_norm', 'entropy', 'mismatch_abs', 'solve_a/entropy'):
     np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
@@ -159,7 +137,7 @@ def test_sharing_the_prompts_changes_nothing(params, answered, options):
     ((1, 4, 2), dict(micro_batch_tokens=512, pack=True))])
 def test_eight_devices_equal_one(params, whole, axes, options):
   mesh = sharding.make_mesh(*axes)
-  state, metrics, _ = _update(params, _rows(), mesh=mesh, **options)
+  state, metrics, _ = _update(params, rows_lib.rows(), mesh=mesh, **options)
   assert _apart(whole[0], state.opt_state.trace) < 1e-6
   for name in ('loss', 'grad_norm', 'entropy', 'mismatch_max'):
     np.testing.assert_allclose(metrics[name], whole[1][name], rtol=1e-6)
@@ -168,13 +146,13 @@ def test_eight_devices_equal_one(params, whole, axes, options):
 def test_optimizer_state_and_results_stay_sharded_like_the_parameters(params):
   mesh = sharding.make_mesh(1, 4, 2)
   tx = learner.make_optimizer(1e-3)
-  state, _, trainer = _update(params, _rows(), mesh=mesh, tx=tx)
+  state, _, trainer = _update(params, rows_lib.rows(), mesh=mesh, tx=tx)
   want = jax.tree.map(lambda x: x.sharding, state.params)
   assert want['layers']['gate'].spec == P(None, 'fsdp', 'tensor')
   for moments in (state.opt_state[0].mu, state.opt_state[0].nu):
     assert jax.tree.map(lambda x: x.sharding, moments) == want
   text = trainer._compiled['gradient'].lower(
-      state.params, None, trainer._put(trainer.prepare(_rows(), None).parts[0][0]),
+      state.params, None, trainer._put(trainer.prepare(rows_lib.rows(), None).parts[0][0]),
       8).compile().as_text()
   assert 'all-reduce' in text or 'reduce-scatter' in text
   # No device ever holds the logits of the whole vocabulary, nor all hidden states.
@@ -182,14 +160,15 @@ def test_optimizer_state_and_results_stay_sharded_like_the_parameters(params):
 
 
 def test_old_logprobs_recomputed_are_the_current_ones_in_the_first_step(params, whole):
-  state, metrics, _ = _update(params, _rows(), old_logprobs='recompute', micro_batch_tokens=512)
+  state, metrics, _ = _update(params, rows_lib.rows(), old_logprobs='recompute',
+                              micro_batch_tokens=512)
   assert _apart(whole[0], state.opt_state.trace) < 2e-5
   np.testing.assert_allclose(metrics['ratio_mean'], 1, atol=1e-5)
   assert whole[1]['ratio_mean'] == 1 and whole[1]['clip_fraction'] == 0 == whole[1]['kl_old']
 
 
 def test_old_logprobs_of_the_sampler_enter_the_ratio(params):
-  rows = _rows()
+  rows = rows_lib.rows()
   _, metrics, trainer = _update(params, rows, old_logprobs='sampler', fields={})
   layout = packing.plan(rows, micro_batch_tokens=ALL)
   batches = packing.fill(layout, rows)
@@ -203,7 +182,7 @@ def test_old_logprobs_of_the_sampler_enter_the_ratio(params):
 
 
 def test_logprobs_are_those_of_the_model_for_every_row(params):
-  rows = _rows(5)
+  rows = rows_lib.rows(5)
   want = _plain_logprobs(params, rows)
   trainer = learner.of_decoder(CONFIG, RECORD, reinforce.get('trr_plus_plus'))
   for pack in (False, True):
@@ -216,7 +195,7 @@ def test_logprobs_are_those_of_the_model_for_every_row(params):
 
 
 def test_kl_to_a_reference_is_zero_at_the_reference_and_pulls_back_elsewhere(params):
-  rows = _rows(6)
+  rows = rows_lib.rows(6)
   fields = dict(kl_coef=0.1, kl_kind='k2')
   _, metrics, _ = _update(params, rows, fields=fields, reference=params)
   np.testing.assert_allclose(metrics['kl_reference'], 0, atol=1e-9)
@@ -232,7 +211,7 @@ def test_kl_to_a_reference_is_zero_at_the_reference_and_pulls_back_elsewhere(par
 
 
 def test_kl_in_the_reward_moves_advantages_only(params):
-  rows = [learner.Row(**vars(r) | {'reward': 1.0}) for r in _rows(6)]
+  rows = [learner.Row(**vars(r) | {'reward': 1.0}) for r in rows_lib.rows(6)]
   moved = jax.tree.map(lambda x: x * 1.1, params)
   trainer = learner.of_decoder(CONFIG, RECORD, reinforce.get(
       'reinforce_plus_plus', kl_coef=0.1, kl_kind='k1', kl_in='reward'))
@@ -251,7 +230,7 @@ def test_kl_in_the_reward_moves_advantages_only(params):
 
 def test_adamw_clipping_and_schedule_equal_torch_over_steps(params):
   torch = pytest.importorskip('torch')
-  rows, leaf = _rows(4), ('layers', 'gate')
+  rows, leaf = rows_lib.rows(4), ('layers', 'gate')
   schedule = dict(schedule='cosine', warmup_steps=2, steps=6)
   tx = optax.chain(RECORD, learner.make_optimizer(1e-2, weight_decay=0.1, **schedule))
   trainer = learner.of_decoder(CONFIG, tx, reinforce.get('reinforce_plus_plus'),
@@ -283,7 +262,7 @@ def test_the_norm_of_a_long_gradient_is_exact_to_rounding():
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(params):
-  rows = _rows(4)
+  rows = rows_lib.rows(4)
   broken = jax.tree.map(jnp.copy, params)
   broken['final_norm'] = broken['final_norm'].at[0].set(jnp.nan)
   state, metrics, trainer = _update(broken, rows, tx=learner.make_optimizer(1e-2))
@@ -300,7 +279,7 @@ def test_the_state_is_donated_and_shapes_compile_once(params):
   trainer = learner.of_decoder(CONFIG, learner.make_optimizer(1e-3), reinforce.get('rloo'),
                                micro_batch_tokens=256)
   state = trainer.init(jax.tree.map(jnp.copy, params))
-  fresh = lambda seed: _rows(8, seed, 20, prompt_ids=[1] * 40)
+  fresh = lambda seed: rows_lib.rows(8, seed, 20, prompt_ids=[1] * 40)
   first = state.params['embed']
   shapes = set()
   for seed in range(4):
@@ -312,7 +291,7 @@ def test_the_state_is_donated_and_shapes_compile_once(params):
 
 
 def test_rows_without_advantage_may_be_left_out(params):
-  rows = _rows(8)
+  rows = rows_lib.rows(8)
   rows = [learner.Row(**vars(r) | ({'reward': 0.1} if r.prompt else {})) for r in rows]
   want, all_of_them, _ = _update(params, rows, algorithm='rloo', fields={})
   got, fewer, _ = _update(params, rows, algorithm='rloo', fields={}, skip_zero_rows=True)
@@ -323,7 +302,7 @@ def test_rows_without_advantage_may_be_left_out(params):
 
 
 def test_several_steps_per_batch_move_the_ratio(params):
-  rows = _rows(8)
+  rows = rows_lib.rows(8)
   options = dict(old_logprobs='recompute', tx=optax.sgd(1e-2), fields={}, micro_batch_tokens=512)
   state, metrics, _ = _update(params, rows, epochs=2, mini_batches=2, **options)
   assert metrics['optimizer_steps'] == 4 and int(state.step) == 4
@@ -333,7 +312,7 @@ def test_several_steps_per_batch_move_the_ratio(params):
 
 
 def test_old_logprobs_are_recomputed_only_beyond_the_bound(params):
-  rows = _rows(9)
+  rows = rows_lib.rows(9)
   def trainer(**options):
     return learner.of_decoder(CONFIG, RECORD, reinforce.get('grpo'), micro_batch_tokens=512,
                               old_logprobs='auto', **options)
@@ -359,7 +338,7 @@ def test_old_logprobs_are_recomputed_only_beyond_the_bound(params):
 
 
 def test_mini_batches_have_weights_of_their_own(params):
-  rows = _rows(9)
+  rows = rows_lib.rows(9)
   trainer = learner.of_decoder(CONFIG, RECORD, reinforce.get('grpo'), mini_batches=2,
                                old_logprobs='sampler')
   work = trainer.prepare(rows, None)
@@ -369,7 +348,7 @@ def test_mini_batches_have_weights_of_their_own(params):
 
 
 def test_masked_response_tokens_are_context_only(params):
-  row = _rows(1, longest=20)[0]
+  row = rows_lib.rows(1, longest=20)[0]
   n = len(row.response_ids)
   keep = tuple(i % 3 > 0 for i in range(n))
   row = learner.Row(**vars(row) | {'mask': keep})
@@ -381,23 +360,8 @@ def test_masked_response_tokens_are_context_only(params):
     np.testing.assert_array_equal(adv_T != 0, keep)
 
 
-def test_bfloat16_moments_follow_float32_ones():
-  wide, narrow = (learner.make_optimizer(1e-2, moment_dtype=d) for d in ('float32', 'bfloat16'))
-  params = {'w': jnp.ones((64, 64))}
-  states = [tx.init(params) for tx in (wide, narrow)]
-  assert states[1][0].nu['w'].dtype == jnp.bfloat16
-  step = jax.jit(lambda tx_state, g, narrow_tx: (narrow if narrow_tx else wide).update(
-      {'w': g}, tx_state, params)[1], static_argnums=2)
-  for i in range(300):
-    g = jax.random.normal(jax.random.key(i), (64, 64))
-    states = [step(s, g, n) for n, s in enumerate(states)]
-  means = [float(s[0].nu['w'].astype(jnp.float32).mean()) for s in states]
-  # Rounded to nearest, the second moment stops where 0.1 % is less than half a bfloat16 step.
-  np.testing.assert_allclose(means[1], means[0], rtol=0.01)
-
-
 def test_bfloat16_weights_move_by_less_than_their_resolution(params):
-  rows = _rows(4)
+  rows = rows_lib.rows(4)
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   trainer = learner.of_decoder(CONFIG, learner.make_optimizer(1e-4), reinforce.get('rloo'))
   state = trainer.init(jax.tree.map(jnp.copy, narrow))
@@ -414,143 +378,3 @@ def test_bfloat16_weights_move_by_less_than_their_resolution(params):
   # A step of 1e-4 is below half a bfloat16 step of weights above 0.05: to nearest, none would move.
   large = np.concatenate([np.abs(np.asarray(b)).ravel() for _, b in wide]) > 0.1
   assert 0.01 < np.mean(moved[large] != 0) < 0.5
-
-
-def test_stochastic_rounding_keeps_the_mean_and_what_is_exact():
-  x = jnp.full((20000,), 1.0 + 2**-9)
-  got = optimizer.round_to(x, jnp.dtype('bfloat16'), jax.random.key(0)).astype(jnp.float32)
-  assert set(np.unique(got)) == {1.0, 1.0078125}
-  np.testing.assert_allclose(got.mean(), x[0], atol=1e-4)
-  exact = jnp.array([0.0, -1.5, jnp.inf, -jnp.inf])
-  np.testing.assert_array_equal(
-      optimizer.round_to(exact, jnp.dtype('bfloat16'), jax.random.key(1)), exact)
-  assert jnp.isnan(optimizer.round_to(jnp.array([jnp.nan]), jnp.dtype('bfloat16'),
-                                      jax.random.key(1)))[0]
-
-
-def test_weight_decay_may_spare_norms_and_biases():
-  params = {'embed': jnp.ones((4, 2)), 'layers': {'attn_norm': jnp.ones((2, 2)),
-                                                  'q_bias': jnp.ones((2, 2, 2))}}
-  zero = jax.tree.map(jnp.zeros_like, params)
-  moved = {}
-  for decay in ('all', 'matrices'):
-    tx = learner.make_optimizer(0.1, weight_decay=0.5, decay=decay)
-    change, _ = tx.update(zero, tx.init(params), params)
-    moved[decay] = [float(x.sum()) != 0 for x in jax.tree.leaves(change)]
-  assert moved == {'all': [True, True, True], 'matrices': [True, False, False]}
-
-
-# --- packing
-
-
-@pytest.mark.parametrize('pack', [False, True])
-@pytest.mark.parametrize('seed', range(6))
-def test_no_token_is_lost_or_doubled_by_the_layout(pack, seed):
-  rng = np.random.default_rng(seed)
-  rows = _rows(int(rng.integers(1, 40)), seed, int(rng.integers(2, 150)))
-  blocks, budget = int(rng.choice([1, 2, 4])), int(rng.choice([64, 256, 1024]))
-  layout = packing.plan(rows, micro_batch_tokens=budget, blocks=blocks, pack=pack)
-  values = [rng.random(len(r.response_ids)) for r in rows]
-  batches = packing.fill(layout, rows, advantages=values)
-  assert sum(int((b.segments_BT > 0).sum()) for b in batches) == sum(
-      len(r.prompt_ids) + len(r.response_ids) for r in rows)
-  for batch in batches:
-    B, T = batch.tokens_BT.shape
-    assert B % blocks == 0 and (B * T <= budget or B == blocks)
-    assert (batch.index_CM >= 0).sum() == batch.mask_BT.sum()
-  scored = [np.take_along_axis(b.advantages_BT.reshape(blocks, -1), np.maximum(b.index_CM, 0), 1)
-            for b in batches]
-  for got, want in zip(packing.take_rows(layout, rows, batches, scored), values):
-    np.testing.assert_allclose(got, want, rtol=1e-6)
-  for row, place in zip(rows, layout.places):
-    batch, size = batches[place.batch], len(row.prompt_ids) + len(row.response_ids)
-    span = slice(place.start, place.start + size)
-    np.testing.assert_array_equal(batch.tokens_BT[place.line, span],
-                                  [*row.prompt_ids, *row.response_ids])
-    np.testing.assert_array_equal(batch.positions_BT[place.line, span], np.arange(size))
-    assert (batch.segments_BT[place.line, span] == place.segment).all()
-
-
-@pytest.mark.parametrize('pack', [False, True])
-def test_a_shared_prompt_is_held_once_and_its_last_token_by_every_row(pack):
-  rows = _answers(3, 6)
-  layout = packing.plan(rows, micro_batch_tokens=ALL, pack=pack, share_prompts=True)
-  values = [np.random.default_rng(i).random(len(r.response_ids)) for i, r in enumerate(rows)]
-  batches = packing.fill(layout, rows, advantages=values)
-  prompts = {tuple(r.prompt_ids) for r in rows}
-  held = sum(int((b.segments_BT > 0).sum()) for b in batches)
-  responses = sum(len(r.response_ids) for r in rows)
-  assert held < sum(len(r.prompt_ids) for r in rows) + responses
-  groups = {(p.batch, p.line, p.shared) for p in layout.places if p.shared >= 0}
-  assert len(prompts) <= len(groups) < len(rows) / 2      # a group may be too long for one line
-  for row, place, value in zip(rows, layout.places, values):
-    batch = batches[place.batch]
-    def read(start, end, name, batch=batch, line=place.line):
-      return getattr(batch, name)[line, start:end]
-    end, P = place.first + len(row.response_ids), len(row.prompt_ids)
-    if place.shared < 0:
-      continue
-    assert place.first - place.start == 1
-    np.testing.assert_array_equal(read(place.start, end, 'tokens_BT'),
-                                  [row.prompt_ids[-1], *row.response_ids])
-    np.testing.assert_array_equal(read(place.shared, place.shared + P - 1, 'tokens_BT'),
-                                  row.prompt_ids[:-1])
-    np.testing.assert_array_equal(read(place.start, end, 'positions_BT'),
-                                  np.arange(P - 1, P + len(row.response_ids)))
-    np.testing.assert_allclose(read(place.first, end, 'advantages_BT'), value, rtol=1e-6)
-
-
-def test_packing_wastes_less_than_padding():
-  rows = _rows(60, 3, 200)
-  cells = {pack: sum(B * T for B, T, _ in packing.plan(rows, micro_batch_tokens=1024,
-                                                       pack=pack).shapes) for pack in (0, 1)}
-  used = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
-  assert used / cells[1] > 0.85 > used / cells[0]
-
-
-def test_packed_lines_of_one_length_need_one_shape_but_for_the_scored_tokens():
-  shapes = set()
-  for seed in range(20):
-    shapes |= set(packing.plan(_rows(96 + seed, seed, 200), micro_batch_tokens=1024, pack=True,
-                               share_prompts=True, buckets=(256,)).shapes)
-  assert {shape[:2] for shape in shapes} == {(4, 256)} and len(shapes) <= 4
-
-
-def test_few_shapes_whatever_the_lengths():
-  shapes = set()
-  for seed in range(30):
-    shapes |= set(packing.plan(_rows(96, seed, 480), micro_batch_tokens=4096).shapes)
-  assert len(shapes) <= 16, sorted(shapes)
-
-
-def test_buckets():
-  assert [packing.bucket(n) for n in (1, 64, 65, 129, 257, 400, 513, 1025, 14240)] == [
-      64, 64, 128, 256, 384, 512, 768, 1536, 16384]
-  assert packing.bucket(7, (5, 10)) == 10
-  with pytest.raises(ValueError, match='length_buckets'):
-    packing.bucket(11, (5, 10))
-
-
-@pytest.mark.parametrize('change, match', [
-    ({'response_ids': []}, 'at least one'), ({'prompt_ids': []}, 'at least one'),
-    ({'model_logprobs': [0.0]}, 'model_logprobs has 1 entries'),
-    ({'reward': [1.0]}, '1 rewards'), ({'mask': (True,)}, 'mask has 1')])
-def test_malformed_rows_are_refused_by_number(change, match):
-  rows = _rows(3, 1)
-  assert len(rows[1].response_ids) > 1
-  rows[1] = learner.Row(**vars(rows[1]) | change)
-  with pytest.raises(ValueError, match=f'row 1 .*{match}'):
-    packing.plan(rows, micro_batch_tokens=64)
-  with pytest.raises(ValueError, match='at least one row'):
-    packing.plan([], micro_batch_tokens=64)
-
-
-def test_the_rollout_numbers_roles_kinds_and_prompts():
-  rows = _rows(6)
-  roles, r = packing.rollout(rows)
-  assert roles == ('propose', 'solve')
-  assert [roles[i] for i in r.role_B] == [row.role for row in rows]
-  assert isinstance(r, advantages.Rollout)
-  for row, reward_T, mask_T in zip(rows, r.reward_BT, r.mask_BT):
-    n = len(row.response_ids)
-    assert reward_T[n - 1] == row.reward == reward_T.sum() and mask_T.sum() == n

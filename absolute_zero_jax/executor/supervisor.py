@@ -34,24 +34,6 @@ _MUST_FAIL = ('read a file', 'list a folder', 'write a file', 'make a TCP socket
               'signal everybody')
 
 
-class _Work:
-  """A unit in the queue or in a child, with every request that waits for it."""
-
-  def __init__(self, unit: reports.Unit, priority: int, order: int):
-    self.unit, self.priority, self.order = unit, priority, order
-    self.waiting: list[_Request] = []
-    self.attempts = 0
-
-  def __lt__(self, other: '_Work') -> bool:
-    return (-self.priority, self.order) < (-other.priority, other.order)
-
-
-class _Request:
-  def __init__(self, number: int, priority: int, trial: verify.Trial):
-    self.number, self.priority, self.trial = number, priority, trial
-    self.arrived = time.monotonic()
-
-
 class Supervisor:
   """Serves one client until its socket closes."""
 
@@ -61,8 +43,8 @@ class Supervisor:
     self._rules = verify.Rules(**rules | {'modules': frozenset(rules['modules'])})
     self._cache = verify.Cache(options['cache_size'])
     self._inbox, self._outbox = wire.Inbox(), bytearray()
-    self._queues: dict[str, list[_Work]] = {'a': [], 'b': [], '': []}     # '': any group
-    self._in_flight: dict[reports.Unit, _Work] = {}
+    self._queues: dict[str, list[workers.Work]] = {'a': [], 'b': [], '': []}     # '': any group
+    self._in_flight: dict[reports.Unit, workers.Work] = {}
     self._order = itertools.count()
     self._poller = poller.Poller()
     self._zygotes: list[workers.Zygote] = []
@@ -132,14 +114,14 @@ class Supervisor:
   def _accept(self, number: int, priority: int, fields: list) -> None:
     self._count['jobs'] += 1
     trial = verify.Trial(wire.to_job(fields), self._rules, self._cache)
-    self._advance(_Request(number, priority, trial))
+    self._advance(workers.Request(number, priority, trial))
 
-  def _advance(self, request: _Request) -> None:
+  def _advance(self, request: workers.Request) -> None:
     """Queues what a trial wants to run next, or reports its verdict."""
     for unit in request.trial.take():
       work = self._in_flight.get(unit)
       if work is None:
-        work = self._in_flight[unit] = _Work(unit, request.priority, next(self._order))
+        work = self._in_flight[unit] = workers.Work(unit, request.priority, next(self._order))
         heapq.heappush(self._queue(unit), work)
       else:
         self._count['shared'] += 1
@@ -194,7 +176,7 @@ class Supervisor:
         self._retry(child.work)
     self._start_zygote(zygote.index)
 
-  def _retry(self, work: _Work) -> None:
+  def _retry(self, work: workers.Work) -> None:
     work.attempts += 1
     if work.attempts < _MAX_ATTEMPTS:
       self._count['retries'] += 1
@@ -284,7 +266,7 @@ class Supervisor:
   def _is_worn(self, zygote: workers.Zygote) -> bool:
     return zygote.forks > self._options['recycle_forks']
 
-  def _start(self, zygote: workers.Zygote, work: _Work) -> None:
+  def _start(self, zygote: workers.Zygote, work: workers.Work) -> None:
     """Hands a unit to the spare child.
 
     Most children have reported on all their inputs within milliseconds, and close; so only that is
@@ -298,10 +280,10 @@ class Supervisor:
     self._count['runs'] += len(work.unit.inputs) * work.unit.repeat
     self._count['forks'] += 1
 
-  def _queue(self, unit: reports.Unit) -> list[_Work]:
+  def _queue(self, unit: reports.Unit) -> list[workers.Work]:
     return self._queues[unit.group if unit.group in ('a', 'b') else '']
 
-  def _next(self, group: str) -> _Work | None:
+  def _next(self, group: str) -> workers.Work | None:
     own, common = self._queues[group], self._queues['']
     if not own and not common:
       return None
@@ -349,7 +331,7 @@ class Supervisor:
     else:
       self._answer(child.work, report)
 
-  def _answer(self, work: _Work, report: reports.Report) -> None:
+  def _answer(self, work: workers.Work, report: reports.Report) -> None:
     self._in_flight.pop(work.unit, None)
     waiting, work.waiting = work.waiting, []
     for request in waiting:

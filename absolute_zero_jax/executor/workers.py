@@ -10,7 +10,7 @@ import struct
 import sys
 import time
 
-from absolute_zero_jax.executor import child, poller, reports, values, zygote
+from absolute_zero_jax.executor import child, poller, reports, values, verify, zygote
 from absolute_zero_jax.types import Status
 
 _BOOT = ('import sys, json; sys.path.insert(0, sys.argv[1]); '
@@ -29,12 +29,32 @@ class Lost(Exception):
   """The zygote is dead, stopped, or does not answer."""
 
 
+class Request:
+  """A job of the client, from its arrival to its verdict."""
+
+  def __init__(self, number: int, priority: int, trial: verify.Trial):
+    self.number, self.priority, self.trial = number, priority, trial
+    self.arrived = time.monotonic()
+
+
+class Work:
+  """A unit in the queue or in a child, with every request that waits for it."""
+
+  def __init__(self, unit: reports.Unit, priority: int, order: int):
+    self.unit, self.priority, self.order = unit, priority, order
+    self.waiting: list[Request] = []
+    self.attempts = 0
+
+  def __lt__(self, other: 'Work') -> bool:
+    return (-self.priority, self.order) < (-other.priority, other.order)
+
+
 class Child:
   """One child process, from its fork (ready, without a job) to its reaping."""
 
   def __init__(self, slot: int, sock: _socket.socket, owner: 'Zygote'):
     self.slot, self.sock, self.zygote = slot, sock, owner
-    self.work = None              # the supervisor's record of the unit it runs
+    self.work: Work | None = None
     self.unit: reports.Unit | None = None
     self.frames: list = []
     self.end: Status | None = None
@@ -45,7 +65,7 @@ class Child:
     self._unsent = memoryview(b'')
     self._window_at, self._window_cpu = 0.0, 0.0
 
-  def start(self, work, unit: reports.Unit) -> bool:
+  def start(self, work: Work, unit: reports.Unit) -> bool:
     """Hands the job over; the child's clock starts. False if `send_more` has more to send."""
     self.work, self.unit = work, unit
     return self._hand_over({

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers in few bits, and what decays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from absolute_zero_jax import learner, optimizer
+
+
+def test_bfloat16_moments_follow_float32_ones():
+  wide, narrow = (learner.make_optimizer(1e-2, moment_dtype=d) for d in ('float32', 'bfloat16'))
+  params = {'w': jnp.ones((64, 64))}
+  states = [tx.init(params) for tx in (wide, narrow)]
+  assert states[1][0].nu['w'].dtype == jnp.bfloat16
+  step = jax.jit(lambda tx_state, g, narrow_tx: (narrow if narrow_tx else wide).update(
+      {'w': g}, tx_state, params)[1], static_argnums=2)
+  for i in range(300):
+    g = jax.random.normal(jax.random.key(i), (64, 64))
+    states = [step(s, g, n) for n, s in enumerate(states)]
+  means = [float(s[0].nu['w'].astype(jnp.float32).mean()) for s in states]
+  # Rounded to nearest, the second moment stops where 0.1 % is less than half a bfloat16 step.
+  np.testing.assert_allclose(means[1], means[0], rtol=0.01)
+
+
+def test_stochastic_rounding_keeps_the_mean_and_what_is_exact():
+  x = jnp.full((20000,), 1.0 + 2**-9)
+  got = optimizer.round_to(x, jnp.dtype('bfloat16'), jax.random.key(0)).astype(jnp.float32)
+  assert set(np.unique(got)) == {1.0, 1.0078125}
+  np.testing.assert_allclose(got.mean(), x[0], atol=1e-4)
+  exact = jnp.array([0.0, -1.5, jnp.inf, -jnp.inf])
+  np.testing.assert_array_equal(
+      optimizer.round_to(exact, jnp.dtype('bfloat16'), jax.random.key(1)), exact)
+  assert jnp.isnan(optimizer.round_to(jnp.array([jnp.nan]), jnp.dtype('bfloat16'),
+                                      jax.random.key(1)))[0]
+
+
+def test_weight_decay_may_spare_norms_and_biases():
+  params = {'embed': jnp.ones((4, 2)), 'layers': {'attn_norm': jnp.ones((2, 2)),
+                                                  'q_bias': jnp.ones((2, 2, 2))}}
+  zero = jax.tree.map(jnp.zeros_like, params)
+  moved = {}
+  for decay in ('all', 'matrices'):
+    tx = learner.make_optimizer(0.1, weight_decay=0.5, decay=decay)
+    change, _ = tx.update(zero, tx.init(params), params)
+    moved[decay] = [float(x.sum()) != 0 for x in jax.tree.leaves(change)]
+  assert moved == {'all': [True, True, True], 'matrices': [True, False, False]}
