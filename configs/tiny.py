@@ -3,7 +3,7 @@
 
 python -m absolute_zero_jax.main --config configs/tiny.py --workdir runs/tiny
 
-Hardware: 2 CPU cores; ends after 9.5 minutes. The long run: --config.train.minutes=48
+Hardware: 2 CPU cores; ends after 9 minutes, or little more. The long run: --config.train.minutes=48
 --config.selfplay.batch=32 --config.optimizer.learning_rate=1.5e-4. A control:
 configs/tiny.py:control=NAME. What came out is in docs/learning.md.
 """
@@ -37,7 +37,7 @@ def get_config(arg=None):
   c.model.name = 'carried:tiny'
   c.model.remat = 'none'
   c.train.steps = 2000
-  c.train.minutes = 9.5
+  c.train.minutes = 9.0
   c.train.micro_batch_tokens = 2048
   c.train.length_buckets = (512,)
   c.train.pack = True
