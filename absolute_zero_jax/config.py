@@ -111,6 +111,9 @@ def get_config() -> ConfigDict:
   c.selfplay.keep = 'all'
   # A proposal equal to a known task is refused (status 'duplicate').
   c.selfplay.refuse_duplicates = True
+  # How many valid proposals of a kind and an iteration may be the same program up to its constants;
+  # more are refused (status 'alike'). 0 = any number. Kinds that propose no program are left out.
+  c.selfplay.max_alike = 0
   # Changed inputs that a proposal also runs on in its validation, to find out whether its output
   # depends on the input (metric `propose/independent_share`); 0 = not tested. And whether one whose
   # output does not is refused (status 'independent'); off in the presets, on in configs/tiny.py.
@@ -264,7 +267,7 @@ def get_config() -> ConfigDict:
   c.pretrain.questions = 3
   # Share of the answers that begin with thinking, and how often a model that has learnt from them
   # begins so when left free.
-  c.pretrain.think = 0.45
+  c.pretrain.think = 0.6
   c.pretrain.think_prior = 0.25
   c.pretrain.prompt_weight = 0.2
   c.pretrain.references = 2

@@ -181,6 +181,7 @@ _CHECKS = {
     'selfplay.solve_samples': _at_least(1),
     'selfplay.probes': _between(0, 8),
     'selfplay.updates': _at_least(1),
+    'selfplay.max_alike': _at_least(0),
     'selfplay.overlap': _at_least(0),
     'selfplay.solver_only_steps': _at_least(0),
     'selfplay.keep': _one_of('all', 'non_one', 'non_extremes'),

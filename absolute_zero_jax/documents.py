@@ -12,6 +12,7 @@ thinking, which is what the interpreter saw on its way.
 from collections.abc import Iterator, Sequence
 import dataclasses
 import random
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +24,8 @@ from absolute_zero_jax.types import Role, Task
 THINK, REJECT = '\n# think', '\n# no'
 # Share of a batch that is filled: first-fit-decreasing finds room for nearly all of it.
 _FILL = 0.98
-# Pairs that thinking about an induction looks at: all would make it longer than the program.
-_CHECKED = 2
+# Lines of a program inside a thought.
+_GUESS = re.compile(r'((?:\n    .*)+)')
 
 
 class Rows(NamedTuple):
@@ -57,10 +58,10 @@ class Recipe:
   propose: float = 0.15
   induce: float = 0.34
   questions: int = 3
-  think: float = 0.45
+  think: float = 0.6
   think_prior: float = 0.25
   prompt_weight: float = 0.2
-  max_think_lines: int = 24
+  max_think_lines: int = 32
   references: int = 2
   cases: int = 6
 
@@ -112,25 +113,12 @@ class Writer:
     given, output = example.inputs[case], example.outputs[case]
     steps: list[str] = []
     if rng.random() < self.recipe.think:
-      if kind == 'deduction':
-        steps += tracing.trace(example.program, given)
-      else:
-        for wrong, found in self._misses(rng, example, given, output):
-          steps += self._tried(example.program, wrong, found, output)
-        steps += self._tried(example.program, given, output, output)
+      steps += tracing.trace(example.program, given)
+      if kind == 'abduction':
+        steps.reverse()
     if len(steps) > self.recipe.max_think_lines:
       steps = []
     return _response(self._prompts, kind, steps, output if kind == 'deduction' else given)
-
-  def _misses(self, rng, example, given, output):
-    """Up to two inputs that do not give the output, with what they give; most are near misses."""
-    found: dict[str, str] = {}
-    for _ in range(rng.choice((0, 0, 1, 1, 2))):
-      wrong = (grammar.nearby(rng, given) if rng.random() < 0.8 else rng.choice(example.inputs))
-      result = grammar.run(example.program, wrong)
-      if result not in (None, output):
-        found[wrong] = result
-    return found.items()
 
   def _induction(self, rng, example):
     shown = range(self.recipe.cases // 2)
@@ -138,33 +126,14 @@ class Writer:
         _task('induction', example, 0, len(shown)), self._prompts)
     steps: list[str] = []
     if rng.random() < self.recipe.think:
-      wrong = {grammar.variant(rng, example.program) for _ in range(rng.choice((0, 1, 1, 2)))}
-      for other in sorted(wrong - {None}):
-        checked = self._checked(other, example, shown)
-        # A candidate that passes is no wrong one, and one that fails to run proves nothing.
-        if checked and checked[-1].endswith(REJECT):
-          steps += checked
-      steps += self._checked(example.program, example, shown)
+      inputs = [example.inputs[i] for i in shown]
+      guesses = [grammar.rival(rng, example, shown) for _ in range(rng.choice((0, 0, 1, 1, 2)))]
+      for guess in dict.fromkeys(filter(None, guesses)):
+        steps += [*tracing.build(guess, inputs), REJECT.strip()]
+      steps += tracing.build(example.program, inputs)
     if len(steps) > self.recipe.max_think_lines:
       steps = []
     return prompt, _response(self._prompts, 'induction', steps, example.program)
-
-  def _checked(self, candidate, example, shown):
-    """A candidate run on the first pairs, up to a wrong result; nothing where it does not run."""
-    lines = [candidate]
-    for i in shown[:_CHECKED]:
-      output = grammar.run(candidate, example.inputs[i])
-      if output is None:
-        return []
-      lines += self._tried(candidate, example.inputs[i], output, example.outputs[i])
-      if lines[-1].endswith(REJECT):
-        break
-    return lines
-
-  def _tried(self, program, given, output, wanted):
-    """What a run gives, and the mark of a failure where that is not wanted."""
-    mark = '' if output == wanted else REJECT
-    return [*tracing.trace(program, given), f'    return {output}{mark}']
 
 
 def rows(write: Writer, tokenizer, rng: random.Random, shape: tuple[int, int]) -> Rows:
@@ -204,12 +173,30 @@ def encoded(write: Writer, tokenizer,
     weights: list[float] = []
     for prompt, response in write.document(rng):
       prompt_ids = tokenizer.encode(prompt)
-      response_ids = [*tokenizer.encode(response, bos=False), tokenizer.eos_id]
-      ids += prompt_ids + response_ids
-      first = recipe.think_weight() if response.startswith(THINK) else 1.0
+      ids += prompt_ids
       weights += [recipe.prompt_weight] * len(prompt_ids)
-      weights += [first] + [1.0] * (len(response_ids) - 1)
+      for text, weight in _weighed(response, recipe):
+        piece = tokenizer.encode(text, bos=False)
+        ids += piece
+        weights += [weight] * len(piece)
+      ids.append(tokenizer.eos_id)
+      weights.append(1.0)
     yield ids, weights
+
+
+def _weighed(response: str, recipe: Recipe) -> Iterator[tuple[str, float]]:
+  """The response in pieces, with the weights of their tokens.
+
+  A guess that fails weighs nothing, so that the model does not learn to make it, but what comes of
+  it does: that it is worked out truly, and that another one follows.
+  """
+  if response.startswith(THINK):
+    yield THINK, recipe.think_weight()
+    response = response.removeprefix(THINK)
+  failed, mark, rest = response.rpartition(REJECT)
+  for piece in _GUESS.split(failed):
+    yield piece, 0.0 if _GUESS.fullmatch(piece) else 1.0
+  yield mark + rest, 1.0
 
 
 def _task(kind: str, example: grammar.Example, case: int, shown: int = 0) -> Task:

@@ -8,6 +8,7 @@ judged in whatever order the caller asks for. `selfplay` decides that order, so 
 depends on the executor's timing.
 """
 
+import collections
 from collections.abc import Callable, Sequence
 from concurrent import futures
 import dataclasses
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from absolute_zero_jax.tasks import program
 from absolute_zero_jax.types import Job, Role, Status, Task, Turn, Verdict
 
 # Draws of references before a prompt that does not fit is the config's fault.
@@ -40,6 +42,7 @@ class Rules:
   solver_only_steps: int = 0
   solve_samples: int = 1
   refuse_independent: bool = False
+  max_alike: int = 0
   overlap: int = 0
   # A verdict later than this is a broken executor, not a slow program.
   deadline_s: float = 600.0
@@ -97,6 +100,7 @@ class Proposals:
                    for kind in tools.kinds for _ in range(rules.batch)]
     self._landed: dict[int, tuple] = {}
     self._seen: set[str] = set()
+    self._shapes: collections.Counter = collections.Counter()
     self.prompt_ids = [ids for _, _, ids in self._asked]
     self.stop_fn = _stop_fn(tools, Role.PROPOSE, [kind.name for kind in tools.kinds],
                             [kind.name for kind, _, _ in self._asked])
@@ -127,6 +131,8 @@ class Proposals:
     attempt.task = task if attempt.status == 'ok' else None
     if attempt.task is not None and rules.refuse_duplicates:
       self._seen.add(task.key)
+    if attempt.task is not None and self._counts_shapes(kind):
+      self._shapes[kind.name, program.shape(task.program)] += 1
     return attempt
 
   def _refused(self, kind: Any, task: Task) -> str:
@@ -137,7 +143,14 @@ class Proposals:
       return 'excluded'
     if self._rules.refuse_duplicates and (task.key in self._seen or task.key in self._buffer):
       return 'duplicate'
+    if self._counts_shapes(kind) and (
+        self._shapes[kind.name, program.shape(task.program)] >= self._rules.max_alike):
+      return 'alike'
     return 'ok' if fits(kind, task, self._tools, self._rules) else 'too_long'
+
+  def _counts_shapes(self, kind: Any) -> bool:
+    """Not of a kind whose programs are those of its references."""
+    return bool(self._rules.max_alike) and not kind.min_references
 
 
 class Answers:

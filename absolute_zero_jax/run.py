@@ -44,7 +44,8 @@ from absolute_zero_jax.types import Episode, Role
 
 _RULES = ('batch', 'mc_samples', 'references', 'solve_source', 'draw', 'recent_steps',
           'reference_draw', 'keep', 'refuse_duplicates', 'show_references', 'train_propose',
-          'mc_use', 'solver_only_steps', 'solve_samples', 'refuse_independent', 'overlap')
+          'mc_use', 'solver_only_steps', 'solve_samples', 'refuse_independent', 'max_alike',
+          'overlap')
 
 
 class Iteration(NamedTuple):

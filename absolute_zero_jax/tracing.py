@@ -2,6 +2,7 @@
 """What an interpreter sees while it runs a program of the grammar: text to think with.
 
   program, argument list --trace--> each value that a variable takes, and before it its working
+  program, argument lists --build--> its statements, and after each the values it has made
 
 Runs programs in this very process, as `grammar` does and for the same reason: it wrote them.
 """
@@ -56,6 +57,45 @@ def trace(source: str, given: str) -> tuple[str, ...]:
   finally:
     sys.settrace(before)
   return tuple(lines)
+
+
+def build(source: str, inputs: Sequence[str]) -> list[str]:
+  """The lines of the body, and after each statement the value that it makes on each of the inputs.
+
+  A value stands on a line of its own, 'name = value', and for `return` alone. Where it says nothing
+  new (a constant, or a variable as it stands), it is left out.
+  """
+  head, *lines = source.split('\n')
+  out, done = [], [head]
+  for node in ast.parse(source).body[0].body:
+    text = lines[node.lineno - 2:node.end_lineno - 1]
+    done += text
+    out += text
+    if isinstance(node, ast.Assign | ast.Return) and (
+        isinstance(node.value, ast.Name)
+        or not any(isinstance(x, ast.Name) for x in ast.walk(node.value))):
+      continue
+    if isinstance(node, ast.Return):
+      name, so_far = '', source
+    else:
+      name = _changed(node)
+      so_far = '\n'.join([*done, f'    return {name}'])
+    results = [grammar.compiled(so_far)(*grammar.values(given)) for given in inputs]
+    out += [f'{name} = {result!r}' if name else repr(result) for result in results]
+  return out
+
+
+def _changed(node: ast.stmt) -> str:
+  """The variable that a statement sets, in its last line if it has several."""
+  match node:
+    case ast.Assign(targets=[ast.Name(id=name)]) | ast.AugAssign(target=ast.Name(id=name)):
+      return name
+    case (ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name))]) |
+          ast.AugAssign(target=ast.Subscript(value=ast.Name(id=name)))):
+      return name
+    case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))):
+      return name
+  return _changed(node.body[-1])
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The carried tokenizer, and documents: true, in the exact form of the prompts of self-play."""
 
-import ast
+import itertools
 import random
 import re
 
@@ -79,7 +79,7 @@ def test_proposals_are_read_back_as_they_were_written(written):
 
 def test_answers_and_thinking_are_true(written):
   """Each answer, read as self-play reads it and run again; and each line of thinking."""
-  counts = {}
+  counts, guesses = {}, 0
   for document in written:
     first = document[0][0]
     program = first.partition('\nf(')[0].partition('\n# f(?)')[0]
@@ -99,23 +99,25 @@ def test_answers_and_thinking_are_true(written):
               f'\n{line}' for line in tracing.trace(program, given))
       elif kind == 'abduction':
         assert grammar.run(program, answer) == prompt.rpartition(' is ')[2]
-        _check_tries(thought, program, wanted=prompt.rpartition(' is ')[2], last=answer)
+        if thought:
+          backwards = reversed(tracing.trace(program, answer))
+          assert thought == documents.THINK + ''.join(f'\n{line}' for line in backwards)
       else:
         _check_cases(answer, prompt)
         pairs = dict(re.findall(r'f\((.*)\) == (.*)', prompt))
-        *wrong, right = thought.split('\ndef f(')[1:] or ['']
-        for candidate in wrong:
-          assert candidate.endswith(documents.REJECT)
-        for candidate in (*wrong, right):
-          if candidate:
-            candidate, tries = _split_candidate('def f(' + candidate)
-            assert not grammar.is_held_out(grammar.key(candidate))
-            _check_tries(tries, candidate, pairs=pairs)
-        assert not right or _split_candidate('def f(' + right)[0] == answer
+        *failed, last = thought.removeprefix(documents.THINK).split(documents.REJECT)
+        for guess in failed:
+          assert any(grammar.run(_program(guess, answer), i) != o for i, o in pairs.items())
+          assert not grammar.is_held_out(grammar.key(_program(guess, answer)))
+        guesses += len(failed)
+        for guess in (*failed, last) if thought else ():
+          built = tracing.build(_program(guess, answer), list(pairs))
+          assert guess == ''.join(f'\n{line}' for line in built)
+        assert not thought or _program(last, answer) == answer
   assert set(counts) == {(k, t) for k in ('deduction', 'abduction', 'induction')
                          for t in (False, True)}
   thinking = sum(n for (_, thinks), n in counts.items() if thinks) / sum(counts.values())
-  assert 0.35 < thinking < 0.5
+  assert 0.5 < thinking < 0.65 and guesses > 20
 
 
 def _kind(prompt):
@@ -129,27 +131,9 @@ def _check_cases(program, text):
     assert grammar.run(program, inputs) == output, (program, inputs)
 
 
-def _split_candidate(text):
-  """The program and the tries behind it: its last line is the first that returns an expression."""
-  lines = text.split('\n')
-  end = next(i for i, line in enumerate(lines) if line.startswith('    return '))
-  return '\n'.join(lines[:end + 1]), '\n'.join(['', *lines[end + 1:]])
-
-
-def _check_tries(thought, program, *, wanted=None, last=None, pairs=None):
-  """Each try is a true run; it is rejected exactly where its result is not the wanted one."""
-  names = [a.arg for a in ast.parse(program).body[0].args.args]
-  tries = re.findall(r'((?:\n(?!    return ).*)+)\n    return (.*)((?:\n# no)?)',
-                     thought.removeprefix(documents.THINK))
-  given = None
-  for run, output, mark in tries:
-    lines = run.strip('\n').split('\n')
-    given = ', '.join(x.removeprefix(f'{n} = ') for n, x in zip(names, lines))
-    assert tuple(lines) == tracing.trace(program, given)
-    assert output == grammar.run(program, given)
-    assert bool(mark) == (output != (pairs[given] if pairs else wanted))
-  assert last is None or given in (last, None)
-  assert bool(tries) == bool(thought)
+def _program(guess, answer):
+  """The program of a guess, whose thought leaves its first line out."""
+  return '\n'.join([answer.split('\n')[0], *re.findall(r'^    .*$', guess, re.M)])
 
 
 def test_later_questions_continue_the_prompt_of_self_play(written):
@@ -170,7 +154,7 @@ def test_later_questions_continue_the_prompt_of_self_play(written):
 def test_rows_hold_whole_documents_and_depend_on_the_seed_alone():
   write = documents.Writer(PROMPTS, documents.Recipe())
   def rows():
-    return documents.rows(write, TOKENS, random.Random('7'), (4, 256))
+    return documents.rows(write, TOKENS, random.Random('7'), (8, 320))
   first = rows()
   assert all(np.array_equal(a, b) for a, b in zip(first, rows()))
   assert (first.segments_BT > 0).mean() > 0.9
@@ -202,6 +186,36 @@ def test_weights_make_the_share_of_thinking_that_is_asked_for(prior):
         answers += 1
   share = total[think[0]] / sum(total.values())
   assert answers > 1500 and share == pytest.approx(prior, abs=0.03)
+
+
+def test_a_guess_that_fails_is_read_but_not_learnt():
+  write = documents.Writer(PROMPTS, documents.Recipe(propose=0, induce=1, think=1))
+  rng = random.Random(5)
+  failed = right = 0
+  while failed < 20:
+    (prompt, response), = write.document(rng)
+    (ids, weights), = itertools.islice(
+        documents.encoded(_Said(write.recipe, [(prompt, response)]), TOKENS, rng), 1)
+    assert ids == [*TOKENS.encode(prompt), *TOKENS.encode(response, bos=False), TOKENS.eos_id]
+    skipped = TOKENS.decode([i for i, w in zip(ids, weights) if w == 0])
+    *guesses, last = response.split(documents.REJECT)
+    assert skipped == ''.join(
+        f'\n{line}' for guess in guesses for line in re.findall(r'^    .*$', guess, re.M))
+    assert all(w == 1 for w in weights[-len(TOKENS.encode(last, bos=False)):])
+    failed += len(guesses)
+    right += not guesses
+  assert right
+
+
+class _Said:
+  """A writer that says what it is given."""
+
+  def __init__(self, recipe, said):
+    self.recipe, self._said = recipe, said
+
+  def document(self, rng):
+    del rng
+    return self._said
 
 
 def test_the_elicitation_sets_differ_only_in_how_the_response_opens():

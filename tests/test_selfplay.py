@@ -123,6 +123,18 @@ def test_a_repeated_proposal_is_refused_and_earns_nothing(executor):
   assert [a.status for a in result.proposals] == ['ok'] * 4
 
 
+def test_programs_alike_up_to_constants_and_names_are_refused_beyond_the_limit(executor):
+  renamed = (GOOD % 7).replace('f(x)', 'f(y)').replace('return x', 'return y')
+  assert renamed != GOOD % 7
+  script = Script([GOOD % 1, renamed, (GOOD % 1).replace('+', '-'), (GOOD % 1).replace('1', 'x')],
+                  _answer(True))
+  for limit, status in ((0, 'ok'), (1, 'alike'), (2, 'ok')):
+    (result,), buffer = _play(script, executor, max_alike=limit)
+    assert [a.status for a in result.proposals] == ['ok', status, 'ok', 'ok']
+    assert (result.episodes[1].reward == -1.0) == (status == 'alike')
+    assert len(buffer.tasks('deduction')) == 4 + (status == 'ok')
+
+
 def test_an_output_that_does_not_depend_on_the_input_is_seen_and_refused_on_request(executor):
   flat = (GOOD % 1).replace('return x + 1', 'return [x, 7][1]')
   script = Script([GOOD % 1, flat, GOOD % 5, 'no tags'], _answer(True, True, True, False))

@@ -75,6 +75,45 @@ def test_by_hand(source, given, lines):
   assert tracing.trace(source, given) == lines
 
 
+def test_a_program_is_built_from_true_values(examples):
+  """Each value is what the statements before it make, run on their own, outside of a function."""
+  values = 0
+  for e in examples:
+    inputs = e.inputs[:3]
+    lines = tracing.build(e.program, inputs)
+    body = [line for line in lines if line.startswith('    ')]
+    head, *rest = e.program.split('\n')
+    assert body == rest
+    names = [a.arg for a in ast.parse(e.program).body[0].args.args]
+    code, waiting = [], []
+    for line in lines:
+      if line.startswith('    '):
+        assert not waiting, (e.program, lines)
+        code.append(line[4:])
+        continue
+      waiting = waiting or list(inputs)
+      scope = dict(zip(names, grammar.values(waiting.pop(0))))
+      name, _, value = line.rpartition(' = ')
+      if code[-1].startswith('return '):
+        exec('\n'.join([*code[:-1], f'_ = {code[-1][7:]}']), scope)
+        assert (name, value) == ('', repr(scope['_'])), (e.program, line)
+      else:
+        exec('\n'.join(code), scope)
+        assert value == repr(scope[name]), (e.program, line)
+      values += 1
+  assert values > 500
+
+
+def test_building_by_hand():
+  source = ('def f(a, b):\n    c = []\n    for i in a:\n        c.append(i + b)\n    b += 1\n'
+            '    return c[0] * b')
+  assert tracing.build(source, ['[1, 2], 3', '[5], 0']) == [
+      '    c = []', '    for i in a:', '        c.append(i + b)', 'c = [4, 5]', 'c = [5]',
+      '    b += 1', 'b = 4', 'b = 1', '    return c[0] * b', '16', '5']
+  assert tracing.build('def f(a):\n    a.sort()\n    return a', ['[2, 1]']) == [
+      '    a.sort()', 'a = [1, 2]', '    return a']
+
+
 def _compute(expression):
   value = eval(expression, {})       # of a line that the interpreter wrote, in a test
   return value if isinstance(value, (int, str, list, tuple, dict)) else list(value)

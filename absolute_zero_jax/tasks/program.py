@@ -182,6 +182,15 @@ def key(kind: str, source: str, inputs: Sequence[str] = ()) -> str:
   return hashlib.sha256(data).hexdigest()[:32]
 
 
+def shape(source: str) -> str:
+  """A program without what `key` leaves out and without its constants' values: 1 is like 2.
+
+  Raises:
+    SyntaxError: the text is no Python.
+  """
+  return _canonical(_NoConstants().visit(ast.parse(source)))
+
+
 def _parameters(main: ast.FunctionDef) -> set[str]:
   positional = [*main.args.posonlyargs, *main.args.args]
   return {a.arg for a in (*positional, *([main.args.vararg] if main.args.vararg else []))}
@@ -334,6 +343,12 @@ def _strip_docstrings(nodes: Sequence[ast.AST]) -> None:
     if isinstance(node, scopes) and body and isinstance(body[0], ast.Expr):
       if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
         node.body = body[1:] or [ast.Pass()]
+
+
+class _NoConstants(ast.NodeTransformer):
+
+  def visit_Constant(self, node):
+    return ast.Constant(type(node.value)())
 
 
 class _NoPrints(ast.NodeTransformer):
