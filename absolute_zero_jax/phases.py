@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from absolute_zero_jax.tasks import program
 from absolute_zero_jax.types import Job, Role, Status, Task, Turn, Verdict
 
 # Draws of references before a prompt that does not fit is the config's fault.
@@ -58,10 +57,13 @@ class Tools(NamedTuple):
   sample: Callable[..., list[list[Any]]]
   submit: Callable[[Job], futures.Future]
   rewards: Any                                      # rewards.Rewards
-  # Called when an iteration has drawn its last tokens and waits for the executor.
+  # Called when answers are drawn and the executor is waited for; in an iteration that solves twice,
+  # twice.
   idle: Callable[[], None] = lambda: None
   # Tasks that must not be played, e.g. programs of a test set; status 'excluded'.
   excludes: Callable[[Task], bool] = lambda task: False
+  # What `Rules.max_alike` counts: equal for tasks that are too much alike.
+  shape: Callable[[Task], str] = lambda task: task.key
 
 
 @dataclasses.dataclass
@@ -132,7 +134,7 @@ class Proposals:
     if attempt.task is not None and rules.refuse_duplicates:
       self._seen.add(task.key)
     if attempt.task is not None and self._counts_shapes(kind):
-      self._shapes[kind.name, program.shape(task.program)] += 1
+      self._shapes[kind.name, self._tools.shape(task)] += 1
     return attempt
 
   def _refused(self, kind: Any, task: Task) -> str:
@@ -144,7 +146,7 @@ class Proposals:
     if self._rules.refuse_duplicates and (task.key in self._seen or task.key in self._buffer):
       return 'duplicate'
     if self._counts_shapes(kind) and (
-        self._shapes[kind.name, program.shape(task.program)] >= self._rules.max_alike):
+        self._shapes[kind.name, self._tools.shape(task)] >= self._rules.max_alike):
       return 'alike'
     return 'ok' if fits(kind, task, self._tools, self._rules) else 'too_long'
 
@@ -163,14 +165,14 @@ class Answers:
     self._prompt_ids: list[tuple[int, ...]] = []
     self._landed: dict[tuple[int, int], tuple] = {}
     self._repeated: dict[tuple[int, str], list[futures.Future]] = {}
-    self._of: list[str] = []                   # kinds of the tasks
-    self.stop_fn = _stop_fn(tools, Role.SOLVE, list(self._kinds), self._of)
+    self._task_kinds: list[str] = []
+    self.stop_fn = _stop_fn(tools, Role.SOLVE, list(self._kinds), self._task_kinds)
 
   def ask(self, tasks: Sequence[Task]) -> list[tuple[int, ...]]:
     """Token ids of the tasks' prompts; requests are numbered on from those before."""
     prompt_ids = [_solve_ids(self._kinds[t.kind], t, self._tools) for t in tasks]
     self._tasks += tasks
-    self._of += [t.kind for t in tasks]
+    self._task_kinds += [t.kind for t in tasks]
     self._prompt_ids += prompt_ids
     return prompt_ids
 

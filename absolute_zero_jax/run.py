@@ -39,6 +39,7 @@ from absolute_zero_jax import learner as learner_lib
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax import tokenizer as tokenizer_lib
 from absolute_zero_jax.models import decoder, hf
+from absolute_zero_jax.tasks import program
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Episode, Role
 
@@ -130,7 +131,8 @@ class Run:
                                 **{k: c.selfplay[k] for k in _RULES})
     self.tools = selfplay.Tools(kinds=self.kinds, prompts=self.prompts, tokenizer=self.tokenizer,
                                 sample=self._sample, submit=self.executor.submit,
-                                rewards=self.rewards, excludes=parts.excludes(c))
+                                rewards=self.rewards, excludes=parts.excludes(c),
+                                shape=lambda task: program.shape(task.program))
 
   def params(self, role: Role) -> Any:
     """The weights that play `role`: the trained policy, or the frozen base."""

@@ -51,6 +51,7 @@ def get_config(arg=None):
   c.selfplay.induction_cases = 6
   c.selfplay.exclude = 'heldout'
   c.selfplay.refuse_independent = True
+  c.selfplay.max_alike = 1
   c.sampler.slots = 128
   c.sampler.max_prompt_tokens = 256
   c.sampler.max_propose_tokens = 96

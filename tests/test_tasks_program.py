@@ -125,3 +125,13 @@ def test_any_text_gives_a_program_or_a_reason(source):
   found = _prepare(source)
   assert isinstance(found, str | program.Program)
   program.key('k', source)
+
+
+def test_a_shape_leaves_out_constants_and_names_and_nothing_else():
+  shape = program.shape
+  source = "def f(a):\n  c = a + 1\n  return [c, 'x']"
+  assert shape(source) == shape("def f(b):\n  # other\n  z = b + 20\n  return [z, '']")
+  for other in (source.replace('+', '-'), source.replace("'x'", '7'), source.replace("'x'", 'c'),
+                source.replace("[c, 'x']", "(c, 'x')")):
+    assert shape(other) != shape(source)
+  assert shape('no python (') == 'no python ('

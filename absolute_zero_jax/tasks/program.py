@@ -185,10 +185,10 @@ def key(kind: str, source: str, inputs: Sequence[str] = ()) -> str:
 def shape(source: str) -> str:
   """A program without what `key` leaves out and without its constants' values: 1 is like 2.
 
-  Raises:
-    SyntaxError: the text is no Python.
+  Text that is no Python is left as it stands.
   """
-  return _canonical(_NoConstants().visit(ast.parse(source)))
+  tree = text.parse(source)
+  return source if tree is None else _canonical(_NoConstants().visit(tree))
 
 
 def _parameters(main: ast.FunctionDef) -> set[str]:
