@@ -42,6 +42,7 @@ def play(tmp_path_factory):
     c.selfplay.batch, c.selfplay.mc_samples = 4, 4
     c.selfplay.induction_cases = 4
     c.train.length_buckets = ()
+    c.selfplay.max_alike = 0       # scripted programs differ by their constants alone
     # Scripted inductions give numbers to a seed program; these seeds hold some that take numbers.
     c.seed = 3
     c.sampler.max_prompt_tokens, c.seeding.tasks, c.executor.workers = 8192, 6, 2
