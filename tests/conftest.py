@@ -12,6 +12,13 @@ os.environ.setdefault('JAX_NUMPY_RANK_PROMOTION', 'raise')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 import pytest  # noqa: E402
+from small_tokenizers import (  # noqa: E402, F401
+  llama2_dir,
+  llama2_model,
+  llama3_dir,
+  loaded,
+  qwen_dir,
+)
 
 _DATA = os.environ.get('AZJ_SHARED_DATA') or (
     pathlib.Path(__file__).resolve().parents[1].parent / 'shared' / 'data')
