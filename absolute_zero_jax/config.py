@@ -112,7 +112,7 @@ def get_config() -> ConfigDict:
   # A proposal equal to a known task is refused (status 'duplicate').
   c.selfplay.refuse_duplicates = True
   # How many valid proposals of a kind and an iteration may be the same program up to its constants;
-  # more are refused (status 'alike'). 0 = any number. Kinds that propose no program are left out.
+  # more are refused (status 'alike'). 0 = any number. Not for kinds that need references.
   c.selfplay.max_alike = 0
   # Changed inputs that a proposal also runs on in its validation, to find out whether its output
   # depends on the input (metric `propose/independent_share`); 0 = not tested. And whether one whose

@@ -85,6 +85,8 @@ _CONSTANTS = {'k': tuple('0112233456789'), 'm': tuple('2234'), 'n': tuple('01'),
               'c': tuple(repr(c) for c in _LETTERS), 'o': ('>', '>', '<', '<', '==', '!=')}
 _TYPES = 'ilstd'
 _SLOT = re.compile(r'\$([a-zA-Z])')
+# Letters of types in the tables above; and how many programs `rival` chooses among: of the wrong
+# guesses at 300 programs 36 % are right about a shown pair with 40, 22 % with 10, 6 % with 1.
 _LETTER_OF = {int: 'i', list: 'l', str: 's', tuple: 't', dict: 'd'}
 _RIVALS = 40
 
@@ -170,13 +172,13 @@ def rival(rng: random.Random, made: Example, shown: Sequence[int]) -> str | None
   that is wanted, the one that agrees with the example most, though not in all of `shown`. None
   where there is none; nor is a program of the test side ever given.
   """
-  wanted = [ast.literal_eval(made.outputs[i]) for i in shown]
+  wanted = type(ast.literal_eval(made.outputs[shown[0]]))
   kinds = ''.join(_LETTER_OF[type(value)] for value in values(made.inputs[0]))
   best, most = None, -1
   for _ in range(_RIVALS):
     _, source = _program(rng, rng.choice((0, 1)), kinds)
     results = [run(source, made.inputs[i]) for i in shown]
-    if None in results or type(ast.literal_eval(results[0])) is not type(wanted[0]):
+    if None in results or type(ast.literal_eval(results[0])) is not wanted:
       continue
     right = sum(made.outputs[i] == result for i, result in zip(shown, results))
     if most < right < len(shown) and not is_held_out(key(source)):

@@ -131,9 +131,8 @@ class Proposals:
     task = kind.to_task(parsed, attempt.verdicts, self._step)
     attempt.status = task if isinstance(task, str) else self._refused(kind, task)
     attempt.task = task if attempt.status == 'ok' else None
-    if attempt.task is not None and rules.refuse_duplicates:
+    if attempt.task is not None:
       self._seen.add(task.key)
-    if attempt.task is not None and self._counts_shapes(kind):
       self._shapes[kind.name, self._tools.shape(task)] += 1
     return attempt
 
@@ -145,14 +144,11 @@ class Proposals:
       return 'excluded'
     if self._rules.refuse_duplicates and (task.key in self._seen or task.key in self._buffer):
       return 'duplicate'
-    if self._counts_shapes(kind) and (
+    # A kind that needs references takes its programs from them.
+    if self._rules.max_alike and not kind.min_references and (
         self._shapes[kind.name, self._tools.shape(task)] >= self._rules.max_alike):
       return 'alike'
     return 'ok' if fits(kind, task, self._tools, self._rules) else 'too_long'
-
-  def _counts_shapes(self, kind: Any) -> bool:
-    """Not of a kind whose programs are those of its references."""
-    return bool(self._rules.max_alike) and not kind.min_references
 
 
 class Answers:

@@ -72,12 +72,14 @@ def test_rivals_are_wrong_short_and_of_the_training_side(examples):
   agreeing = 0
   for e, source in rivals:
     assert not grammar.is_held_out(grammar.key(source))
+    # One statement of the grammar is at most two of Python.
+    assert len(ast.parse(source).body[0].body) <= 2 + 1
     results = [grammar.run(source, given) for given in e.inputs[:3]]
     right = [r == wanted for r, wanted in zip(results, e.outputs)]
     assert None not in results and not all(right)
     assert type(ast.literal_eval(results[0])) is type(ast.literal_eval(e.outputs[0]))
     agreeing += any(right)
-  assert agreeing > len(rivals) / 4           # they are chosen for it
+  assert agreeing > len(rivals) / 4           # by chance it is 6 %
 
 
 def test_the_split_is_by_the_normal_form():
