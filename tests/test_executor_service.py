@@ -10,7 +10,7 @@ import time
 import pytest
 
 from absolute_zero_jax import executor as room
-from absolute_zero_jax.executor import Executor, QueueFull
+from absolute_zero_jax.executor import child, Executor, QueueFull
 from absolute_zero_jax.types import Job, Status
 
 _LOOP = 'def f(x):\n  while True: pass\n'
@@ -117,6 +117,45 @@ def test_results_keep_the_order_of_the_jobs(executor):
     Job('run', f'def f(x):\n  return x + {i % 7}', (str(i),), (str(i + i % 7),)) for i in range(300)
   ]
   assert all(v.runs[0].matches for v in executor.run(jobs))
+
+
+@pytest.mark.parametrize('padding', ['', 'x' * 3000], ids=['compiled before', 'compiled there'])
+def test_it_does_not_matter_where_a_program_is_compiled(monkeypatch, padding):
+  """The trainer's own interpreter may run optimised; the programs never do."""
+  monkeypatch.setenv('PYTHONOPTIMIZE', '2')
+  programs = {
+    'def f(x):\n  """Says."""\n  return f.__doc__, x': '',
+    'def f(x):\n  assert x > 1': 'AssertionError',
+    'def f(x):\n  return 1\nbreak': 'SyntaxError',     # parses, but does not compile
+    'def f(x):\n  try:\n    return 1\n  finally:\n    x += 1': '',
+    'from __future__ import annotations\ndef f(x: y):\n  return f.__annotations__["x"]': '',
+  }
+  texts = [f'{program}\n# {padding}' for program in programs]
+  packed = {type(child.pack_program(text)) for text in texts}
+  assert packed == ({str} if padding else {bytes, str})
+  with Executor(workers=2) as executor:
+    verdicts = executor.run([Job('run', text, ('1',)) for text in texts])
+  assert [v.error for v in verdicts] == list(programs.values())
+  assert [v.runs[0].output for v in verdicts if not v.error] == ["('Says.', 1)", '1', "'y'"]
+
+
+def test_texts_that_are_dear_to_compile_are_left_to_the_child():
+  """The supervisor serves everybody: what it compiles must cost it next to nothing."""
+  nested = 'def f(a):\n' + ''.join(
+    f'{" " * (i + 1)}try: a\n{" " * (i + 1)}finally:\n' for i in range(19)
+  )
+  dear = [f'{nested}{" " * 20}a', *('def f(a):\n  return ' + '+'.join(150 * [x])
+                                    for x in ("'a'*4096", '(1,)*256'))]
+  for text in dear:
+    assert child.pack_program(text) is text
+  names = ','.join(f'a{i}' for i in range(190))
+  fair = ['def f(a):\n  return ' + 'lambda a:' * 200 + 'a',
+          f'def f(a):\n match a:\n  case [{names}]|[{",".join(names.split(",")[::-1])}]: return 1',
+          'def f(a):\n  return ' + '+'.join(30 * ["'a'*4096"])]
+  for text in fair:
+    began = time.process_time()
+    child.pack_program.__wrapped__(text)
+    assert time.process_time() - began < 0.1      # 10 ms on a quiet machine
 
 
 def test_each_run_starts_from_a_clean_interpreter(executor):

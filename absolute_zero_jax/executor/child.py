@@ -2,6 +2,7 @@
 """What a disposable child does: reads one job from descriptor 3, runs it, writes a frame per input.
 
   job     4-byte length, marshalled {program, inputs, repeat, expect_error}, see `pack`;
+          the program is its marshalled code, or its text, see `pack_program`;
           an input is the marshalled code of a call of `f`, see `pack_call`
   frame   4-byte length, JSON list with one outcome per repetition of one input:
           ['v', tagged]   returned this value
@@ -24,6 +25,9 @@ import sys
 from absolute_zero_jax.executor import probe, values
 
 JOB_FD = 3
+# At this length the dearest text found (lambdas in each other) takes 7 ms to compile.
+_MAX_COMPILED_CHARS = 2048
+_MAX_CODE_BYTES = 1 << 15
 # Names that occur in canonical input text.
 _INPUT_NAMES = {'__builtins__': {}, 'float': float, 'complex': complex, 'set': set,
                 'frozenset': frozenset, 'range': range}
@@ -59,7 +63,7 @@ def serve() -> None:
     _send(probe.attempts())
     return
   gc.enable()
-  run(job['program'], job['inputs'], job['repeat'], job['expect_error'], _send)
+  run(job.pop('program'), job['inputs'], job['repeat'], job['expect_error'], _send)
   os.close(JOB_FD)       # this is what the supervisor waits for
 
 
@@ -70,6 +74,24 @@ def pack(job: dict) -> bytes:
   """
   data = marshal.dumps(job)
   return len(data).to_bytes(4, 'little') + data
+
+
+@functools.lru_cache(2048)
+def pack_program(source: str) -> bytes | str:
+  """The program as `run` takes it; made by the supervisor, once for all its processes.
+
+  A new process pays many times for compiling what a warm one pays. But the supervisor serves
+  everybody, so a text that may be dear to compile, or cannot be, goes out as it is: a long one; one
+  with `finally`, whose block is compiled at each way out and so doubles when nested; and one with
+  many products, since those of constants are worked out.
+  """
+  if len(source) > _MAX_COMPILED_CHARS or 'finally' in source or source.count('*') > 32:
+    return source
+  try:
+    code = marshal.dumps(compile(source, '<task>', 'exec', dont_inherit=True))
+  except (SyntaxError, ValueError, RecursionError, MemoryError):
+    return source
+  return code if len(code) <= _MAX_CODE_BYTES else source
 
 
 @functools.lru_cache(2048)
@@ -120,12 +142,17 @@ def _send(outcomes: list, _write=os.write) -> None:
     data = data[_write(JOB_FD, data):]
 
 
-def run(program: str, inputs: list[bytes], repeat: int, expect_error: bool, send,
+def run(program: bytes | str, inputs: list[bytes], repeat: int, expect_error: bool, send,
         _loads=marshal.loads) -> None:
   """Runs `f` on each input `repeat` times; `send` gets one list of outcomes per input."""
   namespace = {'__name__': 'task', '__builtins__': __builtins__}
   try:
-    exec(compile(program, '<task>', 'exec', dont_inherit=True), namespace)
+    if type(program) is bytes:
+      code = _loads(program)
+    else:
+      code = compile(program, '<task>', 'exec', dont_inherit=True)
+    del program            # or it would be one more thing for the program to find
+    exec(code, namespace)
     function = namespace['f']
   except BaseException as e:
     send([['m', values.type_name(type(e))]])

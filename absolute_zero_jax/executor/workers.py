@@ -69,7 +69,8 @@ class Child:
     """Hands the job over; the child's clock starts. False if `send_more` has more to send."""
     self.work, self.unit = work, unit
     return self._hand_over({
-        'program': unit.program, 'inputs': [child.pack_call(text) for text in unit.inputs],
+        'program': child.pack_program(unit.program),
+        'inputs': [child.pack_call(text) for text in unit.inputs],
         'repeat': unit.repeat, 'expect_error': unit.expect_error}, unit.timeout_s)
 
   def start_probe(self) -> None:

@@ -129,8 +129,9 @@ def _warm_up(child) -> None:
   for program in 10 * ('def f(x):\n  return [x, {1: "a"}, (2.5, None)]',
                        'def f(x):\n  raise ValueError(x)'):
     inputs = [child.pack_call('"a"'), child.pack_call('[1]')]
-    job = child.unpack(child.pack({'program': program, 'inputs': inputs})[4:])
-    child.run(job['program'], job['inputs'], 2, False, child.frame)
+    for form in (program, child.pack_program(program)):
+      job = child.unpack(child.pack({'program': form, 'inputs': inputs})[4:])
+      child.run(job['program'], job['inputs'], 2, False, child.frame)
   import re
   re.compile('a+b').sub('x', 'aab')
 
