@@ -20,7 +20,7 @@ BASE = 'carried:tiny'
 STEPS = 12
 CHANGES = {
     'model.name': BASE, 'train.steps': STEPS, 'train.minutes': 0.0, 'selfplay.batch': 16,
-    'optimizer.learning_rate': 2e-4, 'heldout.every_steps': STEPS, 'heldout.count': 300,
+    'optimizer.learning_rate': 2e-4, 'heldout.every_steps': STEPS, 'heldout.count': 200,
     'heldout.samples': 4, 'heldout.seed': 7, 'checkpoint.every_steps': STEPS,
     'checkpoint.export': False}
 
