@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the service lives and ends: restarts, lost processes, closing, and nothing left behind."""
 
+import json
 import os
 import pathlib
 import signal
@@ -85,6 +86,9 @@ def test_a_lost_supervisor_is_replaced_and_its_jobs_are_sent_again(sign):
     os.kill(first, sign)
     assert all(f.result(60).runs[0].matches for f in futures)
     assert _supervisor(started) != first and started.stats()['supervisor_restarts'] == 1
+    # Whatever the first one died of, the second leaves the compiling of programs to their children.
+    arguments = pathlib.Path(f'/proc/{_supervisor(started)}/cmdline').read_bytes().split(b'\0')
+    assert json.loads(arguments[-2])['compiles'] is False
     _wait_until(lambda: not os.path.exists(f'/proc/{first}'))
 
 

@@ -146,7 +146,9 @@ def test_texts_that_are_dear_to_compile_are_left_to_the_child():
   )
   dear = [f'{nested}{" " * 20}a', *('def f(a):\n  return ' + '+'.join(150 * [x])
                                     for x in ("'a'*4096", '(1,)*256'))]
-  for text in dear:
+  # Compiling this one crashes CPython 3.12.1.
+  crashes = 'def f(a):\n  return ' + '[' * 21 + 'a' + ' for a in a]' * 21
+  for text in (*dear, crashes):
     assert child.pack_program(text) is text
   names = ','.join(f'a{i}' for i in range(190))
   fair = ['def f(a):\n  return ' + 'lambda a:' * 200 + 'a',

@@ -309,7 +309,7 @@ def test_whatever_a_child_writes_ends_in_a_verdict(parts):
     trial = _trial(Job('run', _F, ('1', '2', '3'), ('7', '7', '7')))
     [unit] = trial.take()
     child = workers.Child(1, ours, None)
-    child.start(None, unit)
+    child.start(None, unit, True)
     theirs.sendall(b''.join(parts))
     theirs.shutdown(socket.SHUT_WR)
     while child.end is None:

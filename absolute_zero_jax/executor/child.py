@@ -20,6 +20,7 @@ import gc
 import json
 import marshal
 import os
+import re
 import sys
 
 from absolute_zero_jax.executor import probe, values
@@ -27,7 +28,8 @@ from absolute_zero_jax.executor import probe, values
 JOB_FD = 3
 # At this length the dearest text found (lambdas in each other) takes 7 ms to compile.
 _MAX_COMPILED_CHARS = 2048
-_MAX_CODE_BYTES = 1 << 15
+_MAX_CODE_BYTES = 1 << 14
+_BLOCKS = re.compile('for|while|try|with|except|match')
 # Names that occur in canonical input text.
 _INPUT_NAMES = {'__builtins__': {}, 'float': float, 'complex': complex, 'set': set,
                 'frozenset': frozenset, 'range': range}
@@ -82,10 +84,12 @@ def pack_program(source: str) -> bytes | str:
 
   A new process pays many times for compiling what a warm one pays. But the supervisor serves
   everybody, so a text that may be dear to compile, or cannot be, goes out as it is: a long one; one
-  with `finally`, whose block is compiled at each way out and so doubles when nested; and one with
-  many products, since those of constants are worked out.
+  with `finally`, whose block is compiled at each way out and so doubles when nested; one with many
+  products, since those of constants are worked out; and one with many blocks: comprehensions in
+  more than twenty others crash CPython 3.12.1.
   """
-  if len(source) > _MAX_COMPILED_CHARS or 'finally' in source or source.count('*') > 32:
+  if (len(source) > _MAX_COMPILED_CHARS or 'finally' in source or source.count('*') > 32
+      or len(_BLOCKS.findall(source)) > 16):
     return source
   try:
     code = marshal.dumps(compile(source, '<task>', 'exec', dont_inherit=True))

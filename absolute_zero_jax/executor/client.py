@@ -73,7 +73,7 @@ class Executor:
     layers = [name for name in _LAYERS if name in set(layers)]
     options = {
         'root': root, 'workers': workers, 'rules': rules, 'cache_size': cache_size,
-        'per_zygote': per_worker, 'recycle_forks': recycle_forks,
+        'per_zygote': per_worker, 'recycle_forks': recycle_forks, 'compiles': True,
         'min_isolation': 'weak' if allow_weak_isolation else min_isolation,
         'zygote': {'memory_mb': memory_mb, 'layers': layers, 'namespaces': 'namespaces' in layers,
                    'modules': modules if policy else [*modules, *_WITHOUT_POLICY],

@@ -247,6 +247,8 @@ class Link:
     self._process.kill()
     self._process.wait()
     self._total_restarts += 1
+    # Should the text of a program have crashed the compiler, it will crash its own process next.
+    self._options['compiles'] = False
     for attempt in itertools.count():
       if self._closing:
         return None

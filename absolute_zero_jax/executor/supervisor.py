@@ -274,7 +274,7 @@ class Supervisor:
     """
     child, zygote.spare = zygote.spare, None
     zygote.running[child.slot] = child
-    if not child.start(work, work.unit):
+    if not child.start(work, work.unit, self._options['compiles']):
       self._poller.watch(child.sock, poller.WRITE, child)
     child.quiet_until = child.started + _QUIET_S
     self._count['runs'] += len(work.unit.inputs) * work.unit.repeat

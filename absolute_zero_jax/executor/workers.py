@@ -65,11 +65,14 @@ class Child:
     self._unsent = memoryview(b'')
     self._window_at, self._window_cpu = 0.0, 0.0
 
-  def start(self, work: Work, unit: reports.Unit) -> bool:
-    """Hands the job over; the child's clock starts. False if `send_more` has more to send."""
+  def start(self, work: Work, unit: reports.Unit, compiles: bool) -> bool:
+    """Hands the job over; the child's clock starts. False if `send_more` has more to send.
+
+    `compiles` says whether the program is compiled here, where that can be done at little cost.
+    """
     self.work, self.unit = work, unit
     return self._hand_over({
-        'program': child.pack_program(unit.program),
+        'program': child.pack_program(unit.program) if compiles else unit.program,
         'inputs': [child.pack_call(text) for text in unit.inputs],
         'repeat': unit.repeat, 'expect_error': unit.expect_error}, unit.timeout_s)
 
