@@ -53,17 +53,24 @@ class Recipe:
     max_think_lines: longer thinking is left out.
     references: the most programs shown to a proposal.
     cases: pairs of an induction; the first half is shown.
+    fail: share of the thoughts about inductions that begin with wrong guesses of the model's own,
+      once there are some.
   """
   depths: Sequence[int] = grammar.SHALLOW
   propose: float = 0.15
   induce: float = 0.34
   questions: int = 3
-  think: float = 0.6
+  think: float = 0.8
   think_prior: float = 0.25
   prompt_weight: float = 0.2
-  max_think_lines: int = 32
+  max_think_lines: int = 36
   references: int = 2
   cases: int = 6
+  fail: float = 0.8
+
+  @property
+  def shown(self) -> int:
+    return self.cases // 2
 
   def think_weight(self) -> float:
     """Weight of the first token of an answer that thinks, where one that does not has 1."""
@@ -71,11 +78,23 @@ class Recipe:
     return prior * (1 - share) / max(share * (1 - prior), 1e-9) if 0 < share < 1 else 1.0
 
 
-class Writer:
-  """Documents of one prompt set and recipe; held-out programs never occur."""
+@dataclasses.dataclass(frozen=True)
+class Failed:
+  """An induction, and wrong guesses at it that a model made: the lines of `tracing.check` each."""
+  example: grammar.Example
+  checks: tuple[tuple[str, ...], ...]
 
-  def __init__(self, prompts: prompts_lib.PromptSet, recipe: Recipe):
-    self._prompts, self.recipe = prompts, recipe
+
+class Writer:
+  """Documents of one prompt set and recipe; held-out programs never occur.
+
+  Args:
+    failed: inductions with a model's own wrong guesses, which then take the place of `rival`s.
+  """
+
+  def __init__(self, prompts: prompts_lib.PromptSet, recipe: Recipe,
+               failed: Sequence[Failed] = ()):
+    self._prompts, self.recipe, self._failed = prompts, recipe, failed
     self._kinds = {name: tasks.get(name, cases=recipe.cases)
                    for name in ('deduction', 'abduction', 'induction')}
 
@@ -121,19 +140,39 @@ class Writer:
     return _response(self._prompts, kind, steps, output if kind == 'deduction' else given)
 
   def _induction(self, rng, example):
-    shown = range(self.recipe.cases // 2)
-    prompt = self._kinds['induction'].solve_prompt(
-        _task('induction', example, 0, len(shown)), self._prompts)
+    think = rng.random() < self.recipe.think
+    wrong: Sequence[Sequence[str]] = ()
+    if think and self._failed and rng.random() < self.recipe.fail:
+      made = rng.choice(self._failed)
+      example = made.example
+      wrong = rng.sample(made.checks, min(len(made.checks), rng.choice((1, 1, 2, 2, 3))))
+    elif think and not self._failed:
+      wrong = self._rivals(rng, example)
+    prompt = self._kinds['induction'].solve_prompt(induction(example, self.recipe), self._prompts)
     steps: list[str] = []
-    if rng.random() < self.recipe.think:
-      inputs = [example.inputs[i] for i in shown]
-      guesses = [grammar.rival(rng, example, shown) for _ in range(rng.choice((0, 0, 1, 1, 2)))]
-      for guess in dict.fromkeys(filter(None, guesses)):
-        steps += [*tracing.build(guess, inputs), REJECT.strip()]
-      steps += tracing.build(example.program, inputs)
+    if think:
+      for lines in wrong:
+        steps += [*lines, REJECT.strip()]
+      steps += tracing.check(example.program, pairs_shown(example, self.recipe))
     if len(steps) > self.recipe.max_think_lines:
       steps = []
     return prompt, _response(self._prompts, 'induction', steps, example.program)
+
+  def _rivals(self, rng, example):
+    drawn = [grammar.rival(rng, example, range(self.recipe.shown))
+             for _ in range(rng.choice((0, 0, 1, 1, 2)))]
+    pairs = pairs_shown(example, self.recipe)
+    return [tracing.check(guess, pairs) for guess in dict.fromkeys(filter(None, drawn))]
+
+
+def induction(example: grammar.Example, recipe: Recipe) -> Task:
+  """The example as a task to find its program."""
+  return _task('induction', example, 0, recipe.shown)
+
+
+def pairs_shown(example: grammar.Example, recipe: Recipe) -> list[tuple[str, str]]:
+  """The pairs of an induction that the solver sees."""
+  return list(zip(example.inputs, example.outputs))[:recipe.shown]
 
 
 def rows(write: Writer, tokenizer, rng: random.Random, shape: tuple[int, int]) -> Rows:

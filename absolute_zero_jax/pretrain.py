@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pre-trains a small model on generated programs until `train.steps`; the command line calls `run`.
 
-  documents (a thread writes ahead) --Rows--> [jit] next-token loss -> AdamW --> export/
+  documents (a thread writes ahead) --Rows--> [jit] next-token loss -> optimizer --> export/
+      ^------ guesses.jsonl <-- executor <-- sampler, once, after `pretrain.guess_step`
 
 A batch depends on the seed and the number of its step alone, so a killed run goes on from its
 newest checkpoint with the very numbers it would have had. A finished run continues with a larger
 `train.steps`; the learning rate then follows the schedule of the new length.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 import contextlib
 import functools
@@ -26,6 +27,7 @@ import optax
 from absolute_zero_jax import (
   checkpoint,
   documents,
+  guesses,
   logprobs,
   metrics,
   optimizer,
@@ -34,6 +36,7 @@ from absolute_zero_jax import (
 )
 from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import learner as learner_lib
+from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax import tokenizer as tokenizer_lib
 from absolute_zero_jax import train as train_lib
 from absolute_zero_jax.models import decoder, hf, loading
@@ -74,14 +77,19 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     writer = metrics.Writer(workdir, (latest or 0) + 1)
     stack.callback(writer.close)
     update = compiled_step(model, tx, c)
-    batches = stack.enter_context(_written_ahead(make_batch(c, tokenizer), (latest or 0) + 1,
-                                                 c.train.steps))
 
     def save(step, state):
       checkpoints.save(step, state, {'step': step})
       if c.checkpoint.export:
         hf.save(model, state.params, workdir / 'export', tokenizer=tokenizer)
-    state = _train(c, state, update, batches, writer, console, save)
+    done = latest or 0
+    for end in stages(c):
+      if done >= end and end < c.train.steps:
+        continue
+      failed = _own_guesses(c, model, state, done, workdir, tokenizer, console)
+      with _written_ahead(make_batch(c, tokenizer, failed), done + 1, end) as batches:
+        state = _train(c, state, update, batches, writer, console, save, end)
+      done = end
     console.stamp(f'{workdir}/export holds the model' if c.checkpoint.export else 'done')
     return state
 
@@ -93,14 +101,27 @@ def start(c: config_lib.ConfigDict, tx) -> learner_lib.TrainState:
   return learner_lib.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
-def make_batch(c: config_lib.ConfigDict, tokenizer) -> Callable[[int], documents.Rows]:
-  """A function of the number of the step; held-out programs never occur in it."""
+def stages(c: config_lib.ConfigDict) -> list[int]:
+  """The last step of each stage: before the model's own guesses, and with them."""
   p = c.pretrain
-  recipe = documents.Recipe(
+  return [p.guess_step, c.train.steps] if 0 < p.guess_step < c.train.steps and p.guess_count else [
+      c.train.steps]
+
+
+def recipe(c: config_lib.ConfigDict) -> documents.Recipe:
+  """The mixture that the config asks for."""
+  p = c.pretrain
+  return documents.Recipe(
       depths=tuple(p.depths), propose=p.propose, induce=p.induce, questions=p.questions,
       think=p.think, think_prior=p.think_prior, prompt_weight=p.prompt_weight,
       references=p.references, cases=c.selfplay.induction_cases)
-  write = documents.Writer(prompts_lib.load(c.selfplay.prompts), recipe)
+
+
+def make_batch(c: config_lib.ConfigDict, tokenizer, failed: Sequence[documents.Failed] = (),
+               ) -> Callable[[int], documents.Rows]:
+  """A function of the number of the step; held-out programs never occur in it."""
+  p = c.pretrain
+  write = documents.Writer(prompts_lib.load(c.selfplay.prompts), recipe(c), failed)
   def make(step):
     return documents.rows(write, tokenizer, random.Random(f'pretrain {c.seed} {step}'),
                           (p.batch, p.line_tokens))
@@ -137,8 +158,33 @@ def compiled_step(model, tx, c: config_lib.ConfigDict) -> Callable[..., Any]:
   return jax.jit(step, donate_argnums=(0,), compiler_options=sharding.compiler_options())
 
 
-def _train(c, state, update, batches, writer, console, save):
-  """All steps that are left; logs means over `log.every_steps`."""
+def _own_guesses(c, model, state, done, workdir, tokenizer, console):
+  """What the model guesses wrong after `guess_step`, from guesses.jsonl once it is written."""
+  if done < stages(c)[0] or done == c.train.steps:
+    return ()
+  path = workdir / 'guesses.jsonl'
+  if path.exists():
+    return guesses.read(path)
+  if done > stages(c)[0]:
+    raise ValueError(f'{path} is missing, which was written after step {stages(c)[0]}; put it back '
+                     'or begin in another workdir.')
+  console.stamp(f'asks {c.pretrain.guess_count} inductions for wrong guesses')
+  sampler = sampler_lib.Sampler(
+      model, None, pad_id=tokenizer.pad_id, stop_ids=tokenizer.stop_ids, slots=128,
+      dtype=c.model.dtype, attention=c.model.attention, vocab=tokenizer.vocab_size,
+      max_prompt_tokens=c.pretrain.line_tokens, max_new_tokens=guesses.MAX_TOKENS)
+  with contextlib.closing(parts.executor(c)) as executor:
+    made = guesses.make(
+        state.params, jax.random.fold_in(jax.random.key(c.seed), done), seed=c.seed,
+        count=c.pretrain.guess_count, sampler=sampler, tokenizer=tokenizer,
+        prompts=prompts_lib.load(c.selfplay.prompts), recipe=recipe(c), submit=executor.submit)
+  guesses.write(path, made)
+  console.stamp(f'{sum(len(x.checks) for x in made)} wrong guesses at {len(made)} inductions')
+  return made
+
+
+def _train(c, state, update, batches, writer, console, save, end):
+  """The steps of a stage that are left, up to `end`; logs means over `log.every_steps`."""
   sums: list[Any] = []
   since = time.perf_counter()
   for step, batch in batches:
@@ -154,7 +200,7 @@ def _train(c, state, update, batches, writer, console, save):
                     f'{values["prompt"]:.4f} nats/token  norm {values["norm"]:.2f}  '
                     f'{values["tokens_per_s"]:.0f} tokens/s')
       sums, since = [], time.perf_counter()
-    if step % c.checkpoint.every_steps == 0 or step == c.train.steps:
+    if step % c.checkpoint.every_steps == 0 or step == end:
       save(step, state)
   return state
 

@@ -2,7 +2,7 @@
 """What an interpreter sees while it runs a program of the grammar: text to think with.
 
   program, argument list --trace--> each value that a variable takes, and before it its working
-  program, argument lists --build--> its statements, and after each the values it has made
+  program, pairs --check--> its statements with the values they make, and whether it fits the pairs
 
 Runs programs in this very process, as `grammar` does and for the same reason: it wrote them.
 """
@@ -13,8 +13,11 @@ import copy
 import functools
 import sys
 from typing import Any
+import warnings
 
 from absolute_zero_jax import grammar
+
+Runs = Callable[[str, Sequence[str]], Sequence[str]]
 
 # What is worked out by itself before the expression around it.
 _INNER = (ast.Call, ast.BinOp, ast.Compare, ast.Subscript, ast.ListComp, ast.GeneratorExp,
@@ -59,30 +62,65 @@ def trace(source: str, given: str) -> tuple[str, ...]:
   return tuple(lines)
 
 
-def build(source: str, inputs: Sequence[str]) -> list[str]:
-  """The lines of the body, and after each statement the value that it makes on each of the inputs.
+def check(source: str, pairs: Sequence[tuple[str, str]], run: Runs | None = None) -> list[str]:
+  """A program as a guess at (input, output) pairs: worked out on all of them, then compared.
 
-  A value stands on a line of its own, 'name = value', and for `return` alone. Where it says nothing
-  new (a constant, or a variable as it stands), it is left out.
+  After each statement stands the value that it makes on each of the inputs, 'name = value' on a
+  line of its own, except where it says nothing new (a constant, or a variable as it stands). What
+  is returned stands beside what is wanted, 'if made == wanted: True', up to the first pair that
+  differs.
+
+  Args:
+    run: (program, inputs) -> outputs as text. By default in this very process, so for programs of
+      the grammar alone.
+
+  Raises:
+    ValueError: a program of another shape than the grammar's.
   """
-  head, *lines = source.split('\n')
-  out, done = [], [head]
-  for node in ast.parse(source).body[0].body:
-    text = lines[node.lineno - 2:node.end_lineno - 1]
-    done += text
-    out += text
-    if isinstance(node, ast.Assign | ast.Return) and (
-        isinstance(node.value, ast.Name)
-        or not any(isinstance(x, ast.Name) for x in ast.walk(node.value))):
-      continue
-    if isinstance(node, ast.Return):
-      name, so_far = '', source
-    else:
-      name = _changed(node)
-      so_far = '\n'.join([*done, f'    return {name}'])
-    results = [grammar.compiled(so_far)(*grammar.values(given)) for given in inputs]
-    out += [f'{name} = {result!r}' if name else repr(result) for result in results]
+  run = run or _run_here
+  inputs = [given for given, _ in pairs]
+  out = []
+  for lines, name, program in pieces(source):
+    out += lines
+    if program:
+      out += [f'{name} = {value}' for value in run(program, inputs)]
+  for made, (_, wanted) in zip(run(source, inputs), pairs):
+    same = grammar.agree(made, wanted)
+    out.append(f'if {made} == {wanted}: {same}')
+    if not same:
+      break
   return out
+
+
+def pieces(source: str) -> list[tuple[list[str], str, str]]:
+  """(lines, variable, program) of each statement: what it sets, and the program that returns that.
+
+  Of `return`, and of what only names a constant or a variable, the latter are ''.
+
+  Raises:
+    ValueError: as `check`.
+  """
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')      # about what a model wrote
+      body = ast.parse(source).body[0].body
+    head, *lines = source.split('\n')
+    out, done = [], [head]
+    for node in body:
+      text = lines[node.lineno - 2:node.end_lineno - 1]
+      done += text
+      silent = isinstance(node, ast.Return) or isinstance(node, ast.Assign) and (
+          isinstance(node.value, ast.Name)
+          or not any(isinstance(x, ast.Name) for x in ast.walk(node.value)))
+      name = '' if silent else _changed(node)
+      out.append((text, name, '\n'.join([*done, f'    return {name}']) if name else ''))
+  except (SyntaxError, ValueError, AttributeError, IndexError, RecursionError, MemoryError) as e:
+    raise ValueError(f'no program of the shape that the grammar writes: {source!r}') from e
+  return out
+
+
+def _run_here(source: str, inputs: Sequence[str]) -> list[str]:
+  return [repr(grammar.compiled(source)(*grammar.values(given))) for given in inputs]
 
 
 def _changed(node: ast.stmt) -> str:

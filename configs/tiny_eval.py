@@ -21,5 +21,5 @@ def get_config(arg=None):
   c.selfplay.induction_cases = 6
   c.sampler.slots = 128
   c.sampler.max_prompt_tokens = 256
-  c.sampler.max_solve_tokens = 192
+  c.sampler.max_solve_tokens = 256
   return c

@@ -107,17 +107,17 @@ def test_answers_and_thinking_are_true(written):
         pairs = dict(re.findall(r'f\((.*)\) == (.*)', prompt))
         *failed, last = thought.removeprefix(documents.THINK).split(documents.REJECT)
         for guess in failed:
-          assert any(grammar.run(_program(guess, answer), i) != o for i, o in pairs.items())
+          assert guess.endswith(': False')
           assert not grammar.is_held_out(grammar.key(_program(guess, answer)))
         guesses += len(failed)
         for guess in (*failed, last) if thought else ():
-          built = tracing.build(_program(guess, answer), list(pairs))
-          assert guess == ''.join(f'\n{line}' for line in built)
+          lines = tracing.check(_program(guess, answer), list(pairs.items()))
+          assert guess == ''.join(f'\n{line}' for line in lines)
         assert not thought or _program(last, answer) == answer
   assert set(counts) == {(k, t) for k in ('deduction', 'abduction', 'induction')
                          for t in (False, True)}
   thinking = sum(n for (_, thinks), n in counts.items() if thinks) / sum(counts.values())
-  assert 0.5 < thinking < 0.65 and guesses > 20
+  assert 0.7 < thinking < 0.85 and guesses > 20
 
 
 def _kind(prompt):
@@ -205,6 +205,26 @@ def test_a_guess_that_fails_is_read_but_not_learnt():
     failed += len(guesses)
     right += not guesses
   assert right
+
+
+def test_own_wrong_guesses_take_the_place_of_rivals():
+  rng = random.Random(2)
+  examples = [grammar.example(rng) for _ in range(5)]
+  checks = tuple((f'    return {n}', f'if {n} == 0: False') for n in range(1, 4))
+  failed = [documents.Failed(e, checks) for e in examples]
+  write = documents.Writer(PROMPTS, documents.Recipe(propose=0, induce=1, think=1), failed)
+  known = {e.program for e in examples}
+  drawn, counts = 0, set()
+  for _ in range(200):
+    (_, response), = write.document(rng)
+    thought, _, answer = response.partition(ANSWER)
+    *wrong, last = thought.removeprefix(documents.THINK).split(documents.REJECT)
+    assert (answer in known) == bool(wrong) and last.endswith(': True')
+    assert len(set(wrong)) == len(wrong)
+    assert {guess for guess in wrong} <= {''.join(f'\n{x}' for x in lines) for lines in checks}
+    drawn += bool(wrong)
+    counts.add(len(wrong))
+  assert counts == {0, 1, 2, 3} and 0.7 < drawn / 200 < 0.9
 
 
 class _Said:

@@ -18,6 +18,8 @@ ALLOWED = {                              # room -> rooms it may import
     'buffer': {'types', 'tasks', 'intrinsic'}, 'records': {'types'},
     'grammar': {'tasks', 'types'}, 'tracing': {'grammar'}, 'lexicon': set(),
     'documents': {'grammar', 'tasks', 'tracing', 'types'},
+    'guesses': {'documents', 'grammar', 'metrics', 'models', 'sampler', 'tasks', 'tracing',
+                'types'},
     'tokenizer': _TOKENIZER, 'tokenizer_files': {'tokenizer_spec', 'tokenizer_spm'},
     'tokenizer_gguf': {'tokenizer_spec', 'tokenizer_spm'}, 'tokenizer_spm': {'tokenizer_spec'},
     'tokenizer_spec': set(),

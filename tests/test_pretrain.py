@@ -3,6 +3,8 @@
 
 import io
 import json
+import random
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from absolute_zero_jax import config as config_lib
-from absolute_zero_jax import lexicon, optimizer, pretrain, tokenizer
+from absolute_zero_jax import documents, grammar, guesses, lexicon, optimizer, pretrain, tokenizer
 from absolute_zero_jax.models import decoder, loading
 
 
@@ -47,8 +49,8 @@ def test_the_loss_falls(finished):
 
 def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
   made = pretrain.make_batch
-  def failing(c, tokens):
-    make = made(c, tokens)
+  def failing(c, tokens, failed=()):
+    make = made(c, tokens, failed)
     def batch(step):
       if step == 10:
         raise RuntimeError('killed')
@@ -107,6 +109,32 @@ def test_one_step_is_adamw_on_the_weighted_next_token_loss():
   assert float(found['norm']) == pytest.approx(norm, rel=1e-4)
   for mine, theirs in zip(jax.tree.leaves(new.opt_state[0].mu), jax.tree.leaves(clipped)):
     np.testing.assert_allclose(mine, 0.1 * theirs, atol=2e-6)
+
+
+def test_a_run_goes_on_with_its_own_wrong_guesses(tmp_path, monkeypatch):
+  """Asked once, after the step that the config names; a resumed run reads them from the file."""
+  fields = {'pretrain__guess_step': 4, 'pretrain__guess_count': 7, 'train__steps': 8}
+  example = grammar.example(random.Random(1))
+  asked, given = [], []
+  def make(params, key, **options):
+    asked.append((params, options['count']))
+    return [documents.Failed(example, (('    return 1', 'if 1 == 2: False'),))]
+  monkeypatch.setattr(guesses, 'make', make)
+  batch = pretrain.make_batch
+  monkeypatch.setattr(pretrain, 'make_batch', lambda c, t, failed=(): given.append(
+      failed) or batch(c, t, failed))
+  whole = pretrain.run(_config(**fields), tmp_path / 'a', stream=io.StringIO())
+  assert [count for _, count in asked] == [7] and [len(x) for x in given] == [0, 1]
+  pretrain.run(_config(**fields, checkpoint__keep=9), tmp_path / 'b', stream=io.StringIO())
+  for step in (8,):
+    shutil.rmtree(tmp_path / 'b' / 'checkpoints' / str(step))
+  again = pretrain.run(_config(**fields, checkpoint__keep=9), tmp_path / 'b', stream=io.StringIO())
+  assert len(asked) == 2 and len(given[-1]) == 1
+  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), whole, again)))
+  # Beyond that step nothing can make them again.
+  (tmp_path / 'b' / 'guesses.jsonl').unlink()
+  with pytest.raises(ValueError, match=r'guesses\.jsonl is missing'):
+    pretrain.run(_config(**fields | {'train__steps': 10}), tmp_path / 'b', stream=io.StringIO())
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(finished, tmp_path):

@@ -26,6 +26,9 @@ from absolute_zero_jax.models import attention as attention_lib
 from absolute_zero_jax.models.config import ModelConfig, RopeScaling
 
 Params = dict[str, Any]
+# Models of no more layers are unrolled where nothing is rematerialised: a loop copies what the
+# backward pass keeps of each layer into arrays over all layers, which it first fills with zeros.
+_UNROLLED = 8
 
 
 class Spec(NamedTuple):
@@ -196,6 +199,7 @@ class Decoder(nn.Module):
     x_BTD = sharding.constrain(x_BTD, ('batch', None, None), self.mesh)
     stack = nn.scan(_remat(self.remat), length=c.layers, variable_axes={'params': 0},
                     split_rngs={'params': True}, in_axes=(0, *(nn.broadcast,) * 3), out_axes=0,
+                    unroll=c.layers if self.remat == 'none' and c.layers <= _UNROLLED else 1,
                     metadata_params={nn.PARTITION_NAME: 'layers'})
     block = stack(c, self.dtype, self.attention, collect=self.collect, mesh=self.mesh,
                   name='layers')
