@@ -188,8 +188,16 @@ def rival(rng: random.Random, made: Example, shown: Sequence[int]) -> str | None
 
 
 def agree(made: str, wanted: str) -> bool:
-  """Whether two values, as text, are equal and of one type; the order of a dict does not count."""
-  left, right = ast.literal_eval(made), ast.literal_eval(wanted)
+  """Whether two values, as text, are equal and of one type; the order of a dict does not count.
+
+  Text that is no literal ('range(0, 3)', which a model may return) agrees with itself alone.
+  """
+  if made == wanted:
+    return True
+  try:
+    left, right = ast.literal_eval(made), ast.literal_eval(wanted)
+  except (ValueError, SyntaxError):
+    return False
   return type(left) is type(right) and left == right
 
 

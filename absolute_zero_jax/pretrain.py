@@ -119,7 +119,10 @@ def recipe(c: config_lib.ConfigDict) -> documents.Recipe:
 
 def make_batch(c: config_lib.ConfigDict, tokenizer, failed: Sequence[documents.Failed] = (),
                ) -> Callable[[int], documents.Rows]:
-  """A function of the number of the step; held-out programs never occur in it."""
+  """A function of the number of the step; held-out programs never occur in it.
+
+  `failed` is what the model itself has guessed wrong, see `guesses`.
+  """
   p = c.pretrain
   write = documents.Writer(prompts_lib.load(c.selfplay.prompts), recipe(c), failed)
   def make(step):
@@ -173,11 +176,13 @@ def _own_guesses(c, model, state, done, workdir, tokenizer, console):
       model, None, pad_id=tokenizer.pad_id, stop_ids=tokenizer.stop_ids, slots=128,
       dtype=c.model.dtype, attention=c.model.attention, vocab=tokenizer.vocab_size,
       max_prompt_tokens=c.pretrain.line_tokens, max_new_tokens=guesses.MAX_TOKENS)
-  with contextlib.closing(parts.executor(c)) as executor:
+  rows = guesses.SAMPLES * c.pretrain.guess_count
+  with contextlib.closing(parts.executor(c)) as executor, console.bar('guess', rows, 'seq') as bar:
     made = guesses.make(
         state.params, jax.random.fold_in(jax.random.key(c.seed), done), seed=c.seed,
         count=c.pretrain.guess_count, sampler=sampler, tokenizer=tokenizer,
-        prompts=prompts_lib.load(c.selfplay.prompts), recipe=recipe(c), submit=executor.submit)
+        prompts=prompts_lib.load(c.selfplay.prompts), recipe=recipe(c), submit=executor.submit,
+        progress=lambda _, finished, __: bar.update(finished - bar.n))
   guesses.write(path, made)
   console.stamp(f'{sum(len(x.checks) for x in made)} wrong guesses at {len(made)} inductions')
   return made

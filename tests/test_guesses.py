@@ -59,6 +59,12 @@ def test_wrong_guesses_are_kept_as_the_grammar_would_check_them(executor):
   assert prompt.startswith('# find f\nf(') and prompt.endswith('\n# answer\n')
 
 
+def test_a_value_that_is_no_literal_is_a_wrong_one(executor):
+  _, made = _make(executor, [('def f(a):\n    return frozenset([1])', 'stop'),
+                             ("def f(a):\n    return float('inf')", 'stop')], count=20)
+  assert made and all(check[-1].endswith(': False') for failed in made for check in failed.checks)
+
+
 def test_every_induction_has_the_values_of_its_own_inputs(executor):
   """Also where a program occurs twice, with other inputs."""
   source = 'def f(a):\n    c = [a, a]\n    return c'

@@ -116,7 +116,8 @@ def test_checking_by_hand():
 
 @pytest.mark.parametrize('made, wanted, same', [
     ("{'a': 1, 'b': 2}", "{'b': 2, 'a': 1}", True), ('1', 'True', False), ('[1]', '(1,)', False),
-    ('[1, 2]', '[2, 1]', False), ("'a'", "'a'", True)])
+    ('[1, 2]', '[2, 1]', False), ("'a'", "'a'", True), ('range(0, 3)', '[0, 1, 2]', False),
+    ('nan', '1', False)])
 def test_values_agree_as_python_says_but_for_types(made, wanted, same):
   assert grammar.agree(made, wanted) is same
 
