@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
   c.model.dtype = 'float32'
   # Stored weights and gradients' target: 'float32' or 'bfloat16'.
   c.model.param_dtype = 'float32'
-  # '' takes the model's own; otherwise a directory, file or 'bytes'.
+  # '' takes the model's own; otherwise a directory, file, 'carried:NAME' or 'bytes'.
   c.model.tokenizer = ''
   # 'none', 'full', 'dots': what the backward pass recomputes.
   c.model.remat = 'full'

@@ -50,11 +50,14 @@ class Recipe:
       first token of the answers that think is weighted for it, so that an ability may be taught
       in many examples and yet be used seldom.
     prompt_weight: of a prompt's tokens as targets; those of a response count 1.
-    max_think_lines: longer thinking is left out.
+    max_think_lines: longer thinking is left out, and the answer given at once.
     references: the most programs shown to a proposal.
     cases: pairs of an induction; the first half is shown.
     fail: share of the thoughts about inductions that begin with wrong guesses of the model's own,
       once there are some.
+    turn_weight: of the token at which the right guess turns away from one that has failed. With 1
+      a second guess is another one when it is drawn, but the likeliest one, token by token, is
+      mostly the first again.
   """
   depths: Sequence[int] = grammar.SHALLOW
   propose: float = 0.15
@@ -63,10 +66,11 @@ class Recipe:
   think: float = 0.8
   think_prior: float = 0.25
   prompt_weight: float = 0.2
-  max_think_lines: int = 36
+  max_think_lines: int = 60
   references: int = 2
   cases: int = 6
   fail: float = 0.8
+  turn_weight: float = 5.0
 
   @property
   def shown(self) -> int:
@@ -80,7 +84,10 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-  """An induction, and wrong guesses at it that a model made: the lines of `tracing.check` each."""
+  """An induction, and wrong guesses at it that a model made, first the one that it prefers.
+
+  A guess is the lines of `tracing.check`.
+  """
   example: grammar.Example
   checks: tuple[tuple[str, ...], ...]
 
@@ -145,7 +152,7 @@ class Writer:
     if think and self._failed and rng.random() < self.recipe.fail:
       made = rng.choice(self._failed)
       example = made.example
-      wrong = rng.sample(made.checks, min(len(made.checks), rng.choice((1, 1, 2, 2, 3))))
+      wrong = _tried(rng, made.checks)
     elif think and not self._failed:
       wrong = self._rivals(rng, example)
     prompt = self._kinds['induction'].solve_prompt(induction(example, self.recipe), self._prompts)
@@ -214,28 +221,50 @@ def encoded(write: Writer, tokenizer,
       prompt_ids = tokenizer.encode(prompt)
       ids += prompt_ids
       weights += [recipe.prompt_weight] * len(prompt_ids)
-      for text, weight in _weighed(response, recipe):
-        piece = tokenizer.encode(text, bos=False)
+      for piece, its_weights in _weighed(response, recipe, tokenizer):
         ids += piece
-        weights += [weight] * len(piece)
+        weights += its_weights
       ids.append(tokenizer.eos_id)
       weights.append(1.0)
     yield ids, weights
 
 
-def _weighed(response: str, recipe: Recipe) -> Iterator[tuple[str, float]]:
-  """The response in pieces, with the weights of their tokens.
+def _weighed(response: str, recipe: Recipe,
+             tokenizer) -> Iterator[tuple[list[int], list[float]]]:
+  """The tokens of the response in pieces, with their weights.
 
   A guess that fails weighs nothing, so that the model does not learn to make it, but what comes of
   it does: that it is worked out truly, and that another one follows.
   """
+  def piece(text, weight=1.0):
+    ids = tokenizer.encode(text, bos=False)
+    return ids, [weight] * len(ids)
+
   if response.startswith(THINK):
-    yield THINK, recipe.think_weight()
+    yield piece(THINK, recipe.think_weight())
     response = response.removeprefix(THINK)
   failed, mark, rest = response.rpartition(REJECT)
-  for piece in _GUESS.split(failed):
-    yield piece, 0.0 if _GUESS.fullmatch(piece) else 1.0
-  yield mark + rest, 1.0
+  for text in _GUESS.split(failed):
+    yield piece(text, 0.0 if _GUESS.fullmatch(text) else 1.0)
+  yield piece(mark)
+  ids, weights = piece(rest)
+  for guess in failed.split(REJECT) if mark else ():
+    for i, (mine, theirs) in enumerate(zip(ids, piece(guess)[0])):
+      if mine != theirs:
+        weights[i] = recipe.turn_weight
+        break
+  yield ids, weights
+
+
+def _tried(rng: random.Random, checks: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+  """One to three wrong guesses, mostly the preferred one first; at times one of them again.
+
+  Whoever is stuck writes what has failed once more, and is to find out of that, too.
+  """
+  tried = rng.sample(checks, min(len(checks), rng.choice((1, 2, 3))))
+  if rng.random() < 0.6:
+    tried = [checks[0], *(x for x in tried if x != checks[0])][:len(tried)]
+  return tried + [rng.choice(tried)] if rng.random() < 0.2 else tried
 
 
 def _task(kind: str, example: grammar.Example, case: int, shown: int = 0) -> Task:

@@ -24,7 +24,6 @@ import numpy as np
 from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import grammar, metrics, parts, selfplay, sharding
 from absolute_zero_jax import sampler as sampler_lib
-from absolute_zero_jax import tokenizer as tokenizer_lib
 from absolute_zero_jax.tasks import program
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Role, Task
@@ -76,7 +75,7 @@ def _loaded(c, tools, console) -> list[dict[str, Any]]:
   """The items of `model.name`."""
   mesh = sharding.make_mesh(**c.mesh.to_dict())
   model, params, source = parts.model(c, jax.random.key(c.seed), mesh)
-  tokenizer = tokenizer_lib.load(c.model.tokenizer or source)
+  tokenizer = parts.tokenizer(c, source)
   tokenizer.check(model.vocab)
   sampler = parts.sampler(c, model, mesh, tokenizer)
   return measure(c, tools._replace(tokenizer=tokenizer), sampler, params,

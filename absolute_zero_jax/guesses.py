@@ -23,7 +23,7 @@ from absolute_zero_jax.models import decoder
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Job, Role, Status
 
-SAMPLES = 4                      # guesses at each induction
+SAMPLES = 4                      # guesses drawn at each induction, beside the preferred one
 MAX_TOKENS = 64                  # of a guess
 
 
@@ -33,25 +33,32 @@ def make(params: decoder.Params, key: jax.Array, *, seed: int, count: int,
          progress: Callable[[int, int, int], None] | None = None) -> list[documents.Failed]:
   """Asks `count` inductions of the training side, answered at once, and keeps what is wrong.
 
-  The inductions depend on `seed` alone. A guess is kept if it runs on the shown pairs, is not right
-  on all of them, and is of the shape of the grammar's programs; inductions without one are left
-  out, and a guess of the test side is, too.
+  The inductions depend on `seed` alone. The guesses are the greedy answer and `SAMPLES` drawn at
+  temperature 1, in this order, each text once. One is kept if it runs on the shown pairs, is not
+  right on all of them, and is of the shape of the grammar's programs; inductions without one are
+  left out, and a guess of the test side is, too.
   """
   rng = random.Random(f'guesses {seed}')
   examples = [grammar.example(rng, recipe.depths, cases=recipe.cases) for _ in range(count)]
   kind = tasks.get('induction', cases=recipe.cases)
   mark = prompts.formats[f'{Role.SOLVE.value}_induction'].after
-  requests = [sampler_lib.Request(
-      tuple(tokenizer.encode(kind.solve_prompt(documents.induction(e, recipe), prompts) + mark)),
-      samples=SAMPLES, max_new_tokens=MAX_TOKENS) for e in examples]
-  samples = sampler.generate(params, requests, key, progress=progress)
-  asked = [(example, list(dict.fromkeys(
-      tokenizer.decode(s.ids[:-1]) for s in drawn if s.finish == 'stop')))
-           for example, drawn in zip(examples, samples)]
+  asked = [tuple(tokenizer.encode(
+      kind.solve_prompt(documents.induction(e, recipe), prompts) + mark)) for e in examples]
+
+  def answers(samples, before, **options):
+    requests = [sampler_lib.Request(ids, samples, MAX_TOKENS) for ids in asked]
+    return sampler.generate(params, requests, key, progress=progress and (
+        lambda made, finished, left: progress(made, before + finished, left)), **options)
+
+  preferred = answers(1, 0, temperature=0.0)
+  drawn = answers(SAMPLES, count)
+  guessed = [(example, list(dict.fromkeys(
+      tokenizer.decode(s.ids[:-1]) for s in (*first, *others) if s.finish == 'stop')))
+             for example, first, others in zip(examples, preferred, drawn)]
   pending = [[_jobs(example, source, recipe, submit) for source in sources]
-             for example, sources in asked]
+             for example, sources in guessed]
   made = []
-  for (example, sources), jobs in zip(asked, pending):
+  for (example, sources), jobs in zip(guessed, pending):
     checks = [_lines(example, source, mine, recipe) for source, mine in zip(sources, jobs)]
     made.append(documents.Failed(example, tuple(filter(None, checks))))
   return [failed for failed in made if failed.checks]

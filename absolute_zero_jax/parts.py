@@ -14,6 +14,7 @@ from absolute_zero_jax import controls, grammar, lora, reinforce, sharding, task
 from absolute_zero_jax import executor as executor_lib
 from absolute_zero_jax import learner as learner_lib
 from absolute_zero_jax import sampler as sampler_lib
+from absolute_zero_jax import tokenizer as tokenizer_lib
 from absolute_zero_jax.models import decoder, hub, loading
 from absolute_zero_jax.tasks import composite, program
 from absolute_zero_jax.types import Task
@@ -136,6 +137,12 @@ def model_without_parameters(c: ConfigDict) -> tuple[Any, None, Any]:
     return loading.random_config(c.model.name), None, None
   source = loading.weights(hub.resolve(c.model.name))
   return loading.read_config(source), None, source
+
+
+def tokenizer(c: ConfigDict, source: Any) -> tokenizer_lib.Tokenizer:
+  """That of `model.tokenizer`, a path or 'carried:NAME'; if it is '', that of the model's files."""
+  name = c.model.tokenizer
+  return tokenizer_lib.load(hub.resolve(name) if name.startswith('carried:') else name or source)
 
 
 def longest_response(c: ConfigDict) -> int:

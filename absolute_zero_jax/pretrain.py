@@ -37,7 +37,6 @@ from absolute_zero_jax import (
 from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import learner as learner_lib
 from absolute_zero_jax import sampler as sampler_lib
-from absolute_zero_jax import tokenizer as tokenizer_lib
 from absolute_zero_jax import train as train_lib
 from absolute_zero_jax.models import decoder, hf, loading
 from absolute_zero_jax.tasks import prompts as prompts_lib
@@ -58,7 +57,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   console = metrics.Console(stream)
   parts.use_compilation_cache()
   model, _, source = parts.model_without_parameters(c)
-  tokenizer = tokenizer_lib.load(c.model.tokenizer or source)
+  tokenizer = parts.tokenizer(c, source)
   tokenizer.check(model.vocab)
   tx = optimizer.make_optimizer(steps=c.train.steps, **{
       k: v for k, v in c.optimizer.to_dict().items() if k not in ('clip_norm', 'accumulate_dtype')})
@@ -143,7 +142,7 @@ def compiled_step(model, tx, c: config_lib.ConfigDict) -> Callable[..., Any]:
                                   batch.tokens_BT[:, 1:].reshape(-1))
     weight_N = batch.weights_BT[:, 1:].reshape(-1)
     # An opening of thoughts, which weighs less, counts with the prompts here.
-    answer_N = (weight_N == 1).astype(jnp.float32)
+    answer_N = (weight_N >= 1).astype(jnp.float32)
     sums = {'answer': -jnp.sum(answer_N * logprob_N), 'answers': jnp.sum(answer_N),
             'prompt': -jnp.sum((weight_N > 0) * (1 - answer_N) * logprob_N),
             'prompts': jnp.sum((weight_N > 0) * (1 - answer_N))}
@@ -176,7 +175,7 @@ def _own_guesses(c, model, state, done, workdir, tokenizer, console):
       model, None, pad_id=tokenizer.pad_id, stop_ids=tokenizer.stop_ids, slots=128,
       dtype=c.model.dtype, attention=c.model.attention, vocab=tokenizer.vocab_size,
       max_prompt_tokens=c.pretrain.line_tokens, max_new_tokens=guesses.MAX_TOKENS)
-  rows = guesses.SAMPLES * c.pretrain.guess_count
+  rows = (1 + guesses.SAMPLES) * c.pretrain.guess_count
   with contextlib.closing(parts.executor(c)) as executor, console.bar('guess', rows, 'seq') as bar:
     made = guesses.make(
         state.params, jax.random.fold_in(jax.random.key(c.seed), done), seed=c.seed,

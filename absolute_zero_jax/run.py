@@ -37,7 +37,6 @@ from absolute_zero_jax import (
 from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import learner as learner_lib
 from absolute_zero_jax import sampler as sampler_lib
-from absolute_zero_jax import tokenizer as tokenizer_lib
 from absolute_zero_jax.models import decoder, hf
 from absolute_zero_jax.tasks import program
 from absolute_zero_jax.tasks import prompts as prompts_lib
@@ -101,7 +100,7 @@ class Run:
     self.key = jax.random.key(c.seed)
     self.model, params, self.source = (parts.model(c, self.key, self.mesh) if fresh
                                        else parts.model_without_parameters(c))
-    self.tokenizer = tokenizer_lib.load(c.model.tokenizer or self.source)
+    self.tokenizer = parts.tokenizer(c, self.source)
     self.tokenizer.check(self.model.vocab)
     self._say(f'model: {c.model.name}, {_count(decoder.param_specs(self.model)) / 1e6:.0f}M '
               f'parameters, {time.perf_counter() - start:.1f} s')

@@ -10,7 +10,6 @@ docs/learning.md.
 """
 
 from absolute_zero_jax import config as base
-from absolute_zero_jax import lexicon
 
 
 def get_config(arg=None):
@@ -19,7 +18,7 @@ def get_config(arg=None):
   c.command = 'pretrain'
   c.model.name = ('random:qwen2,vocab=600,embed=192,layers=4,heads=6,kv_heads=6,head_dim=32,'
                   'ffn=512,tied=true,max_positions=512')
-  c.model.tokenizer = str(lexicon.FOLDER)
+  c.model.tokenizer = 'carried:tiny'
   c.model.remat = 'none'
   c.selfplay.prompts = 'tiny'
   c.selfplay.induction_cases = 6

@@ -18,17 +18,19 @@ RECIPE = documents.Recipe()
 
 
 class _Scripted:
-  """A sampler that answers every induction with the same texts."""
+  """A sampler that answers every induction with the same texts; the last one is the greedy one."""
 
   def __init__(self, texts):
     self._texts = texts
     self.requests = []
 
-  def generate(self, params, requests, key, progress=None):
+  def generate(self, params, requests, key, progress=None, temperature=1.0):
     del params, key, progress
     self.requests = requests
+    assert {r.samples for r in requests} == {1 if temperature == 0 else guesses.SAMPLES}
+    texts = self._texts[-1:] if temperature == 0 else self._texts
     return [[types.SimpleNamespace(ids=(*TOKENS.encode(text, bos=False), TOKENS.eos_id),
-                                   finish=finish) for text, finish in self._texts]
+                                   finish=finish) for text, finish in texts]
             for _ in requests]
 
 
@@ -57,6 +59,15 @@ def test_wrong_guesses_are_kept_as_the_grammar_would_check_them(executor):
     assert failed.example.program.startswith('def f(a):')
   prompt = TOKENS.decode(sampler.requests[0].prompt_ids)
   assert prompt.startswith('# find f\nf(') and prompt.endswith('\n# answer\n')
+
+
+def test_the_preferred_guess_comes_first(executor):
+  drawn = 'def f(a):\n    return [a]', 'stop'
+  preferred = 'def f(a):\n    return (a,)', 'stop'
+  _, made = _make(executor, [drawn, preferred])
+  assert made
+  for failed in made:
+    assert [check[0] for check in failed.checks] == ['    return (a,)', '    return [a]']
 
 
 def test_a_value_that_is_no_literal_is_a_wrong_one(executor):
