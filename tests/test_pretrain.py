@@ -177,4 +177,5 @@ def test_prompts_count_less():
   c = _config()
   c.pretrain.think_prior = c.pretrain.think      # so that openings of thoughts weigh 1, too
   batch = pretrain.make_batch(c, tokenizer.load(lexicon.FOLDER))(3)
-  assert [round(float(w), 3) for w in np.unique(batch.weights_BT)] == [0.0, 0.2, 1.0]
+  assert [round(float(w), 3) for w in np.unique(batch.weights_BT)] == [
+      0.0, 0.2, 1.0, pretrain.recipe(c).turn_weight]
