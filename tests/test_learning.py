@@ -17,10 +17,10 @@ from absolute_zero_jax.models import hub
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BASE = 'carried:tiny'
-STEPS = 10
+STEPS = 6
 CHANGES = {
     'model.name': BASE, 'train.steps': STEPS, 'train.minutes': 0.0, 'selfplay.batch': 16,
-    'sampler.max_solve_tokens': 192, 'heldout.every_steps': STEPS, 'heldout.count': 100,
+    'sampler.max_solve_tokens': 192, 'heldout.every_steps': STEPS, 'heldout.count': 60,
     'heldout.samples': 4, 'heldout.seed': 7, 'checkpoint.every_steps': STEPS,
     'checkpoint.export': False}
 
