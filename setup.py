@@ -48,6 +48,8 @@ setup(
         'cuda': ['jax[cuda13]'],
         'test': [
             'pytest>=8',
+            # Two files at a time: most tests compile on one core.
+            'pytest-xdist>=3',
             'hypothesis>=6',
             'ruff>=0.12',
             # The reference implementation that the parity tests compare with.
