@@ -9,9 +9,13 @@ same process: nothing but the model's matmuls at the same shapes, or reading its
 """
 
 import argparse
+import math
 import statistics
 
 import generate
+import jax
+
+from absolute_zero_jax.models import decoder, loading
 
 SMOLLM2 = ('random:llama,vocab=49152,embed=576,layers=30,heads=9,kv_heads=3,head_dim=64,ffn=1536,'
            'tied=true')
@@ -21,12 +25,19 @@ MIDDLE = ('random:llama,vocab=32768,embed=384,layers=12,heads=6,kv_heads=3,head_
           'tied=true')
 LARGE = ('random:llama,vocab=49152,embed=960,layers=32,heads=15,kv_heads=5,head_dim=64,ffn=2560,'
          'tied=true')
-# What varies -> (label on the axis, model, prompt, batch) of each point.
+
+
+def _millions(model: str) -> float:
+  specs = decoder.param_specs(loading.random_config(model))
+  leaves = jax.tree.leaves(specs, is_leaf=lambda x: hasattr(x, 'shape'))
+  return sum(math.prod(x.shape) for x in leaves) / 1e6
+
+
+# What varies -> (place on the axis, model, prompt, batch) of each point.
 SWEEPS = {
     'batch': [(B, SMOLLM2, 64, B) for B in (1, 4, 16, 64)],
     'prompt tokens': [(P, SMOLLM2, P, 16) for P in (64, 256, 1024)],
-    'parameters, M': [(4.0, SMALL, 64, 16), (30.1, MIDDLE, 64, 16), (134.5, SMOLLM2, 64, 16),
-                      (361.8, LARGE, 64, 16)]}
+    'parameters, M': [(_millions(m), m, 64, 16) for m in (SMALL, MIDDLE, SMOLLM2, LARGE)]}
 
 
 def main() -> None:
@@ -40,7 +51,7 @@ def main() -> None:
       known[key] = known.get(key) or _measure(flags, *point)
       rows[name].append((at, *known[key]))
       speed, limit = known[key]
-      print(f'{at:16g} {speed:9.1f} {limit:9.1f} {speed / limit:6.2f}', flush=True)
+      print(f'{at:16.4g} {speed:9.1f} {limit:9.1f} {speed / limit:6.2f}', flush=True)
   if flags.out:
     _plot(rows, flags.out)
 
@@ -67,7 +78,7 @@ def _plot(rows, path) -> None:
     axis.loglog(at, limit, 'k--', label='limit')
     axis.loglog(at, speed, 'o-', label='here')
     axis.set_xlabel(name)
-    axis.set_xticks(at, [f'{x:g}' for x in at])
+    axis.set_xticks(at, [f'{x:.4g}' for x in at])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
   axes[0].set_ylabel('new tokens/s')

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 from absolute_zero_jax import config as config_lib
-from absolute_zero_jax import documents, grammar, guesses, lexicon, optimizer, pretrain, tokenizer
+from absolute_zero_jax import (
+  documents,
+  grammar,
+  guesses,
+  lexicon,
+  optimizer,
+  parts,
+  pretrain,
+  tokenizer,
+)
 from absolute_zero_jax.models import decoder, loading
 
 
@@ -179,3 +188,13 @@ def test_prompts_count_less():
   batch = pretrain.make_batch(c, tokenizer.load(lexicon.FOLDER))(3)
   assert [round(float(w), 3) for w in np.unique(batch.weights_BT)] == [
       0.0, 0.2, 1.0, pretrain.recipe(c).turn_weight]
+
+
+def test_a_carried_tokenizer_has_a_name_instead_of_a_path():
+  c = _config()
+  c.model.tokenizer = 'carried:tiny'
+  text = 'def f(a):\n    return a + 12'
+  assert parts.tokenizer(c, None).encode(text) == tokenizer.load(lexicon.FOLDER).encode(text)
+  c.model.tokenizer = 'carried:none'
+  with pytest.raises(ValueError, match='carried:none'):
+    parts.tokenizer(c, None)
