@@ -270,10 +270,10 @@ def get_config() -> ConfigDict:
   c.pretrain.think = 0.8
   c.pretrain.think_prior = 0.25
   c.pretrain.prompt_weight = 0.2
-  # After this step the model is asked so many inductions, and its own wrong guesses are what
-  # thoughts about inductions begin with from then on (see `guesses`). 0 inductions: never.
-  c.pretrain.guess_step = 3000
-  c.pretrain.guess_count = 0
+  # After each of these steps the model is asked so many inductions, and its own wrong guesses are
+  # what thoughts about inductions begin with from then on (see `guesses`). (): never.
+  c.pretrain.guess_steps = ()
+  c.pretrain.guess_count = 6000
   c.pretrain.references = 2
 
   # Held-out programs, drawn from a seed, never pre-trained on; see `evaluate`.

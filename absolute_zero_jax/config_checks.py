@@ -237,8 +237,9 @@ _CHECKS = {
     'pretrain.think_prior': ((lambda x: 0 <= x < 1), '0 or more, less than 1'),
     'pretrain.prompt_weight': _between(0, 1),
     'pretrain.references': _at_least(0),
-    'pretrain.guess_step': _at_least(1),
-    'pretrain.guess_count': _at_least(0),
+    'pretrain.guess_steps': ((lambda x: list(x) == sorted(set(x)) and all(n >= 1 for n in x)),
+                             'ascending steps of at least 1, or ()'),
+    'pretrain.guess_count': _at_least(1),
     'heldout.seed': _between(0, 2**31 - 1),
     'heldout.count': _at_least(1),
     'heldout.parts': ((lambda x: bool(x) and all(

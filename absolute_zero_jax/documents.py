@@ -84,7 +84,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-  """An induction, and wrong guesses at it that a model made, first the one that it prefers.
+  """An induction, and wrong guesses that a model made at it one after the other.
 
   A guess is the lines of `tracing.check`.
   """
@@ -152,17 +152,17 @@ class Writer:
     if think and self._failed and rng.random() < self.recipe.fail:
       made = rng.choice(self._failed)
       example = made.example
-      wrong = _tried(rng, made.checks)
+      wrong = made.checks[:rng.choice((1, 2, 3))]
     elif think and not self._failed:
       wrong = self._rivals(rng, example)
     prompt = self._kinds['induction'].solve_prompt(induction(example, self.recipe), self._prompts)
     steps: list[str] = []
     if think:
-      for lines in wrong:
-        steps += [*lines, REJECT.strip()]
-      steps += tracing.check(example.program, pairs_shown(example, self.recipe))
-    if len(steps) > self.recipe.max_think_lines:
-      steps = []
+      right = tracing.check(example.program, pairs_shown(example, self.recipe))
+      steps = rejected(wrong) + right
+      while wrong and len(steps) > self.recipe.max_think_lines:
+        wrong = wrong[:-1]
+        steps = rejected(wrong) + right
     return prompt, _response(self._prompts, 'induction', steps, example.program)
 
   def _rivals(self, rng, example):
@@ -180,6 +180,16 @@ def induction(example: grammar.Example, recipe: Recipe) -> Task:
 def pairs_shown(example: grammar.Example, recipe: Recipe) -> list[tuple[str, str]]:
   """The pairs of an induction that the solver sees."""
   return list(zip(example.inputs, example.outputs))[:recipe.shown]
+
+
+def rejected(wrong: Sequence[Sequence[str]]) -> list[str]:
+  """Guesses that failed, as steps of a thought."""
+  return [step for lines in wrong for step in (*lines, REJECT.strip())]
+
+
+def thought(steps: Sequence[str]) -> str:
+  """Thinking, opened and not yet closed by an answer."""
+  return THINK + ''.join(f'\n{step}' for step in steps)
 
 
 def rows(write: Writer, tokenizer, rng: random.Random, shape: tuple[int, int]) -> Rows:
@@ -256,17 +266,6 @@ def _weighed(response: str, recipe: Recipe,
   yield ids, weights
 
 
-def _tried(rng: random.Random, checks: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-  """One to three wrong guesses, mostly the preferred one first; at times one of them again.
-
-  Whoever is stuck writes what has failed once more, and is to find out of that, too.
-  """
-  tried = rng.sample(checks, min(len(checks), rng.choice((1, 2, 3))))
-  if rng.random() < 0.6:
-    tried = [checks[0], *(x for x in tried if x != checks[0])][:len(tried)]
-  return tried + [rng.choice(tried)] if rng.random() < 0.2 else tried
-
-
 def _task(kind: str, example: grammar.Example, case: int, shown: int = 0) -> Task:
   pairs = tuple(zip(example.inputs, example.outputs))
   cases = pairs if shown else (pairs[case],)
@@ -275,6 +274,5 @@ def _task(kind: str, example: grammar.Example, case: int, shown: int = 0) -> Tas
 
 def _response(prompts, kind: str, steps: Sequence[str], answer: str) -> str:
   """The answer behind its mark, and before it the thinking, if there is any."""
-  thought = ''.join(f'\n{step}' for step in steps)
   mark = prompts.formats[f'{Role.SOLVE.value}_{kind}'].after
-  return (THINK + thought if thought else '') + mark + answer
+  return (thought(steps) if steps else '') + mark + answer

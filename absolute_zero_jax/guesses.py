@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's own wrong guesses at inductions, for its further pre-training to learn from.
 
-  params, key --sampler--> programs --executor--> values on the shown pairs --> guesses.jsonl
+  params, key --sampler--> a guess --executor--> values on the shown pairs --> guesses_STEP.jsonl
+                   ^------ the next guess, told what came of those before -------'
 
 A wrong guess that was drawn at random gives itself away by its looks, so a model that reads only
 such ones never learns to compare values, nor to leave out what it has just tried. Its own guesses
-look right to it. They are a model's text, so they run in the executor, never here.
+look right to it, one after the other. They are a model's text, so they run in the executor, never
+here.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ from concurrent import futures
 import dataclasses
 import json
 import random
+import re
 
 from etils import epath
 import jax
@@ -21,47 +24,67 @@ from absolute_zero_jax import documents, grammar, metrics, tasks, tracing
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax.models import decoder
 from absolute_zero_jax.tasks import prompts as prompts_lib
-from absolute_zero_jax.types import Job, Role, Status
+from absolute_zero_jax.types import Job, Status
 
-SAMPLES = 4                      # guesses drawn at each induction, beside the preferred one
-MAX_TOKENS = 64                  # of a guess
+# At each induction it guesses so often in a row, once at each of these temperatures.
+ROUNDS = 3
+TEMPERATURES = (0.0, 1.0)
+MAX_TOKENS = 96                  # of a guess, with the values that it writes in between
+_STATEMENT = re.compile(r'\n(    .*)(?=\n)')
 
 
-def make(params: decoder.Params, key: jax.Array, *, seed: int, count: int,
+def make(params: decoder.Params, key: jax.Array, *, seed: str, count: int,
          sampler: sampler_lib.Sampler, tokenizer, prompts: prompts_lib.PromptSet,
          recipe: documents.Recipe, submit: Callable[[Job], futures.Future],
          progress: Callable[[int, int, int], None] | None = None) -> list[documents.Failed]:
-  """Asks `count` inductions of the training side, answered at once, and keeps what is wrong.
+  """Asks `count` inductions of the training side, with thinking opened; keeps the wrong guesses.
 
-  The inductions depend on `seed` alone. The guesses are the greedy answer and `SAMPLES` drawn at
-  temperature 1, in this order, each text once. One is kept if it runs on the shown pairs, is not
-  right on all of them, and is of the shape of the grammar's programs; inductions without one are
-  left out, and a guess of the test side is, too.
+  The inductions depend on `seed` alone. A guess is kept if it runs on the shown pairs, is not right
+  on all of them, and is of the shape of the grammar's programs and not of the test side. As long as
+  that is so, and the sampler takes what has to be read, the next one is asked for.
   """
   rng = random.Random(f'guesses {seed}')
   examples = [grammar.example(rng, recipe.depths, cases=recipe.cases) for _ in range(count)]
   kind = tasks.get('induction', cases=recipe.cases)
-  mark = prompts.formats[f'{Role.SOLVE.value}_induction'].after
-  asked = [tuple(tokenizer.encode(
-      kind.solve_prompt(documents.induction(e, recipe), prompts) + mark)) for e in examples]
+  asked = [kind.solve_prompt(documents.induction(e, recipe), prompts) for e in examples]
 
-  def answers(samples, before, **options):
-    requests = [sampler_lib.Request(ids, samples, MAX_TOKENS) for ids in asked]
-    return sampler.generate(params, requests, key, progress=progress and (
-        lambda made, finished, left: progress(made, before + finished, left)), **options)
+  def stop(_, ids):
+    return len(ids) if _source('', tokenizer.decode(ids)) else None
 
-  preferred = answers(1, 0, temperature=0.0)
-  drawn = answers(SAMPLES, count)
-  guessed = [(example, list(dict.fromkeys(
-      tokenizer.decode(s.ids[:-1]) for s in (*first, *others) if s.finish == 'stop')))
-             for example, first, others in zip(examples, preferred, drawn)]
-  pending = [[_jobs(example, source, recipe, submit) for source in sources]
-             for example, sources in guessed]
   made = []
-  for (example, sources), jobs in zip(guessed, pending):
-    checks = [_lines(example, source, mine, recipe) for source, mine in zip(sources, jobs)]
-    made.append(documents.Failed(example, tuple(filter(None, checks))))
-  return [failed for failed in made if failed.checks]
+  for turn, temperature in enumerate(TEMPERATURES):
+    tried: list[list[tuple[str, ...]]] = [[] for _ in examples]
+    going = range(count)
+    for number in range(ROUNDS):
+      before = (turn * ROUNDS + number) * count
+      texts = (asked[n] + documents.thought(documents.rejected(tried[n])) for n in going)
+      ids = {n: tuple(tokenizer.encode(text)) for n, text in zip(going, texts)}
+      going = [n for n in going if len(ids[n]) <= sampler.max_prompt_tokens]
+      samples = sampler.generate(
+          params, [sampler_lib.Request(ids[n], 1, MAX_TOKENS, stream=n) for n in going],
+          jax.random.fold_in(key, number), temperature=temperature, stop_fn=stop,
+          progress=progress and (
+              lambda tokens, rows, of, before=before: progress(tokens, before + rows, of)))
+      sources = [_source(examples[n].program.split('\n')[0], tokenizer.decode(s.ids))
+                 for n, (s,) in zip(going, samples)]
+      jobs = [_jobs(examples[n], source, recipe, submit) for n, source in zip(going, sources)]
+      checks = [_lines(examples[n], source, mine, recipe)
+                for n, source, mine in zip(going, sources, jobs)]
+      for n, lines in zip(going, checks):
+        tried[n] += [lines] if lines else []
+      going = [n for n, lines in zip(going, checks) if lines]
+    made += [documents.Failed(e, tuple(x)) for e, x in zip(examples, tried) if x]
+  return made
+
+
+def _source(head: str, text: str) -> str:
+  """The program that a thought guesses, without the values in between; '' before its `return`."""
+  lines = [head]
+  for line in _STATEMENT.findall(text):
+    lines.append(line)
+    if line.startswith('    return '):
+      return '\n'.join(lines)
+  return ''
 
 
 def _jobs(example, source, recipe, submit) -> dict[str, futures.Future]:
@@ -70,8 +93,7 @@ def _jobs(example, source, recipe, submit) -> dict[str, futures.Future]:
     parts = tracing.pieces(source)
   except ValueError:
     return {}
-  if (source.split('\n')[0] != example.program.split('\n')[0]
-      or grammar.is_held_out(grammar.key(source))):
+  if grammar.is_held_out(grammar.key(source)):
     return {}
   programs = dict.fromkeys([source, *(program for _, _, program in parts if program)])
   inputs = example.inputs[:recipe.shown]

@@ -2,7 +2,7 @@
 """Pre-trains a small model on generated programs until `train.steps`; the command line calls `run`.
 
   documents (a thread writes ahead) --Rows--> [jit] next-token loss -> optimizer --> export/
-      ^------ guesses.jsonl <-- executor <-- sampler, once, after `pretrain.guess_step`
+      ^---- guesses_STEP.jsonl <-- executor <-- sampler, after each of `pretrain.guess_steps`
 
 A batch depends on the seed and the number of its step alone, so a killed run goes on from its
 newest checkpoint with the very numbers it would have had. A finished run continues with a larger
@@ -82,10 +82,10 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
       if c.checkpoint.export:
         hf.save(model, state.params, workdir / 'export', tokenizer=tokenizer)
     done = latest or 0
-    for end in stages(c):
-      if done >= end and end < c.train.steps:
+    for begin, end in stages(c):
+      if done >= end:
         continue
-      failed = _own_guesses(c, model, state, done, workdir, tokenizer, console)
+      failed = _own_guesses(c, model, state, begin, done, workdir, tokenizer, console)
       with _written_ahead(make_batch(c, tokenizer, failed), done + 1, end) as batches:
         state = _train(c, state, update, batches, writer, console, save, end)
       done = end
@@ -100,11 +100,10 @@ def start(c: config_lib.ConfigDict, tx) -> learner_lib.TrainState:
   return learner_lib.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
-def stages(c: config_lib.ConfigDict) -> list[int]:
-  """The last step of each stage: before the model's own guesses, and with them."""
-  p = c.pretrain
-  return [p.guess_step, c.train.steps] if 0 < p.guess_step < c.train.steps and p.guess_count else [
-      c.train.steps]
+def stages(c: config_lib.ConfigDict) -> list[tuple[int, int]]:
+  """The steps done at the beginning and at the end of each stage; the model guesses in between."""
+  ends = [*(n for n in c.pretrain.guess_steps if n < c.train.steps), c.train.steps]
+  return list(zip([0, *ends], ends))
 
 
 def recipe(c: config_lib.ConfigDict) -> documents.Recipe:
@@ -160,25 +159,25 @@ def compiled_step(model, tx, c: config_lib.ConfigDict) -> Callable[..., Any]:
   return jax.jit(step, donate_argnums=(0,), compiler_options=sharding.compiler_options())
 
 
-def _own_guesses(c, model, state, done, workdir, tokenizer, console):
-  """What the model guesses wrong after `guess_step`, from guesses.jsonl once it is written."""
-  if done < stages(c)[0] or done == c.train.steps:
+def _own_guesses(c, model, state, begin, done, workdir, tokenizer, console):
+  """What the model guessed wrong at the beginning of a stage, from its file once it is written."""
+  if not begin:
     return ()
-  path = workdir / 'guesses.jsonl'
+  path = workdir / f'guesses_{begin}.jsonl'
   if path.exists():
     return guesses.read(path)
-  if done > stages(c)[0]:
-    raise ValueError(f'{path} is missing, which was written after step {stages(c)[0]}; put it back '
-                     'or begin in another workdir.')
+  if done > begin:
+    raise ValueError(f'{path} is missing, which was written after step {begin}; put it back or '
+                     'begin in another workdir.')
   console.stamp(f'asks {c.pretrain.guess_count} inductions for wrong guesses')
   sampler = sampler_lib.Sampler(
       model, None, pad_id=tokenizer.pad_id, stop_ids=tokenizer.stop_ids, slots=128,
       dtype=c.model.dtype, attention=c.model.attention, vocab=tokenizer.vocab_size,
       max_prompt_tokens=c.pretrain.line_tokens, max_new_tokens=guesses.MAX_TOKENS)
-  rows = (1 + guesses.SAMPLES) * c.pretrain.guess_count
+  rows = guesses.ROUNDS * len(guesses.TEMPERATURES) * c.pretrain.guess_count
   with contextlib.closing(parts.executor(c)) as executor, console.bar('guess', rows, 'seq') as bar:
     made = guesses.make(
-        state.params, jax.random.fold_in(jax.random.key(c.seed), done), seed=c.seed,
+        state.params, jax.random.fold_in(jax.random.key(c.seed), done), seed=f'{c.seed} {done}',
         count=c.pretrain.guess_count, sampler=sampler, tokenizer=tokenizer,
         prompts=prompts_lib.load(c.selfplay.prompts), recipe=recipe(c), submit=executor.submit,
         progress=lambda _, finished, __: bar.update(finished - bar.n))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The carried tokenizer, and documents: true, in the exact form of the prompts of self-play."""
 
+import collections
 import itertools
 import random
 import re
@@ -217,25 +218,31 @@ def _first_difference(ours, theirs):
 def test_own_wrong_guesses_take_the_place_of_rivals():
   rng = random.Random(2)
   examples = [grammar.example(rng) for _ in range(5)]
-  checks = tuple((f'    return {n}', f'if {n} == 0: False') for n in range(1, 4))
-  failed = [documents.Failed(e, checks) for e in examples]
+  row = tuple((f'    return {n}', f'if {n} == 0: False') for n in range(1, 5))
+  failed = [documents.Failed(e, row) for e in examples]
   write = documents.Writer(PROMPTS, documents.Recipe(propose=0, induce=1, think=1), failed)
   known = {e.program for e in examples}
-  first = f'\n{checks[0][0]}\n{checks[0][1]}'
-  drawn = preferred = repeated = 0
+  lengths = collections.Counter()
   for _ in range(400):
     (_, response), = write.document(rng)
     thought, _, answer = response.partition(ANSWER)
     *wrong, last = thought.removeprefix(documents.THINK).split(documents.REJECT)
     assert (answer in known) == bool(wrong) and last.endswith(': True')
-    assert len(set(wrong)) in (len(wrong), len(wrong) - 1) and len(wrong) <= 4
-    assert {guess for guess in wrong} <= {''.join(f'\n{x}' for x in lines) for lines in checks}
-    drawn += bool(wrong)
-    preferred += wrong[:1] == [first]
-    repeated += len(set(wrong)) < len(wrong)
-  assert 0.7 < drawn / 400 < 0.9
-  # Drawn alike it would come first in a third of them.
-  assert preferred / drawn > 0.6 and 0.1 < repeated / drawn < 0.3
+    # In the order in which they were made, from the first one on.
+    assert wrong == [''.join(f'\n{x}' for x in lines) for lines in row[:len(wrong)]]
+    lengths[len(wrong)] += 1
+  assert 0.7 < 1 - lengths[0] / 400 < 0.9
+  assert set(lengths) == {0, 1, 2, 3} and min(lengths.values()) > 50
+
+
+def test_a_thought_that_would_be_too_long_has_fewer_wrong_guesses():
+  example = grammar.example(random.Random(2))
+  row = ((*['    a = 1'] * 40, '    return 1', 'if 1 == 0: False'),) * 3
+  write = documents.Writer(PROMPTS, documents.Recipe(propose=0, induce=1, think=1, fail=1),
+                           [documents.Failed(example, row)])
+  rng = random.Random(2)
+  wrong = {write.document(rng)[0][1].count(documents.REJECT) for _ in range(20)}
+  assert wrong == {1}
 
 
 class _Said:

@@ -121,28 +121,29 @@ def test_one_step_is_adamw_on_the_weighted_next_token_loss():
 
 
 def test_a_run_goes_on_with_its_own_wrong_guesses(tmp_path, monkeypatch):
-  """Asked once, after the step that the config names; a resumed run reads them from the file."""
-  fields = {'pretrain__guess_step': 4, 'pretrain__guess_count': 7, 'train__steps': 8}
+  """Asked once after each step that the config names; a resumed run reads them from the file."""
+  fields = {'pretrain__guess_steps': (2, 4), 'pretrain__guess_count': 7, 'train__steps': 8}
   example = grammar.example(random.Random(1))
   asked, given = [], []
   def make(params, key, **options):
-    asked.append((params, options['count']))
-    return [documents.Failed(example, (('    return 1', 'if 1 == 2: False'),))]
+    asked.append((options['seed'], options['count']))
+    return len(asked) * [documents.Failed(example, (('    return 1', 'if 1 == 2: False'),))]
   monkeypatch.setattr(guesses, 'make', make)
   batch = pretrain.make_batch
   monkeypatch.setattr(pretrain, 'make_batch', lambda c, t, failed=(): given.append(
       failed) or batch(c, t, failed))
   whole = pretrain.run(_config(**fields), tmp_path / 'a', stream=io.StringIO())
-  assert [count for _, count in asked] == [7] and [len(x) for x in given] == [0, 1]
+  assert asked == [('0 2', 7), ('0 4', 7)] and [len(x) for x in given] == [0, 1, 2]
+  asked.clear()
   pretrain.run(_config(**fields, checkpoint__keep=9), tmp_path / 'b', stream=io.StringIO())
   for step in (8,):
     shutil.rmtree(tmp_path / 'b' / 'checkpoints' / str(step))
   again = pretrain.run(_config(**fields, checkpoint__keep=9), tmp_path / 'b', stream=io.StringIO())
-  assert len(asked) == 2 and len(given[-1]) == 1
+  assert len(asked) == 2 and len(given) == 7 and len(given[-1]) == 2
   assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), whole, again)))
   # Beyond that step nothing can make them again.
-  (tmp_path / 'b' / 'guesses.jsonl').unlink()
-  with pytest.raises(ValueError, match=r'guesses\.jsonl is missing'):
+  (tmp_path / 'b' / 'guesses_4.jsonl').unlink()
+  with pytest.raises(ValueError, match=r'guesses_4\.jsonl is missing'):
     pretrain.run(_config(**fields | {'train__steps': 10}), tmp_path / 'b', stream=io.StringIO())
 
 
