@@ -242,9 +242,9 @@ _CHECKS = {
     'pretrain.guess_count': _at_least(1),
     'heldout.seed': _between(0, 2**31 - 1),
     'heldout.count': _at_least(1),
-    'heldout.parts': ((lambda x: bool(x) and all(
+    'heldout.parts': ((lambda x: bool(x) and len(set(x)) == len(x) and all(
         p in ('same', 'deeper') or str(p).endswith('.jsonl') for p in x)),
-                      "some of 'same', 'deeper', or paths of .jsonl files"),
+                      "some of 'same', 'deeper', or paths of .jsonl files, each once"),
     'heldout.samples': _at_least(0),
     'heldout.kinds': ((lambda x: bool(x) and set(x) <= {'deduction', 'abduction', 'induction'}),
                       "some of 'deduction', 'abduction', 'induction'"),

@@ -3,9 +3,9 @@
 
 python -m absolute_zero_jax.main --config configs/tiny.py --workdir runs/tiny
 
-Hardware: 2 CPU cores; ends after 9 minutes, or little more. The long run: --config.train.minutes=48
---config.selfplay.batch=32 --config.optimizer.learning_rate=1.5e-4. A control:
-configs/tiny.py:control=NAME. What came out is in docs/learning.md.
+Hardware: 2 CPU cores; ends after 9 minutes, or little more. The long run, with less noise in each
+update: --config.selfplay.batch=48 --config.train.minutes=45. A control: configs/tiny.py:control=NAME.
+What came out is in docs/learning.md.
 """
 
 from absolute_zero_jax import config as base
