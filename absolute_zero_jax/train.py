@@ -59,7 +59,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     # Row 0 is the base's score.
     writer = metrics.Writer(workdir, current.step + (latest is not None))
     stack.callback(writer.close)
-    stack.enter_context(_terminate_as_interrupt())
+    raise_lost = stack.enter_context(_interrupts())
     history = metrics.read_history(workdir, current.step)
     if current.step < c.train.steps:
       console.stamp('plays; the first iteration also compiles, which a second start need not')
@@ -70,6 +70,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
       writer.flush()
     more = current.step < c.train.steps
     while more:
+      raise_lost()
       row, more = _one_step(current, workdir, writer, console, checkpoints, budget)
       history.append({'step': current.step} | row)
     checkpoints.wait()
@@ -205,18 +206,30 @@ def _check_space(workdir, arrays) -> None:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt():
-  """SIGTERM (a preempted machine) ends the run like Ctrl-C: cleanly, with its children."""
-  def handler(*_):
+def _interrupts():
+  """SIGTERM (a preempted machine) ends the run like Ctrl-C: cleanly, with its children.
+
+  Yields what raises an interrupt again that was lost: Python drops what a handler raises while the
+  garbage collector calls back, as it does JAX.
+  """
+  seen: list[int] = []
+  def handler(number, _):
+    seen.append(number)
     raise KeyboardInterrupt
+  def raise_lost():
+    if seen:
+      raise KeyboardInterrupt
+  old = {}
   try:
-    old = signal.signal(signal.SIGTERM, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+      old[number] = signal.signal(number, handler)
   except ValueError:       # not the main thread, e.g. in a notebook's worker
-    yield
+    yield raise_lost
     return
   try:
-    yield
+    yield raise_lost
   finally:
-    signal.signal(signal.SIGTERM, old)
+    for number, before in old.items():
+      signal.signal(number, before)
 
 

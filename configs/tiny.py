@@ -4,8 +4,8 @@
 python -m absolute_zero_jax.main --config configs/tiny.py --workdir runs/tiny
 
 Hardware: 2 CPU cores; ends after 9 minutes, or little more. The long run, with less noise in each
-update: --config.selfplay.batch=48 --config.train.minutes=45. A control: configs/tiny.py:control=NAME.
-What came out is in docs/learning.md.
+update: --config.selfplay.batch=48 --config.train.minutes=45. A control:
+configs/tiny.py:control=NAME. What came out is in docs/learning.md.
 """
 
 from absolute_zero_jax import config as base

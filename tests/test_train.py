@@ -153,6 +153,25 @@ def test_a_full_disk_is_named_before_the_write(uninterrupted, tmp_path, monkeypa
     train.run(_config(), tmp_path, stream=io.StringIO())
 
 
+class _Dropped:
+  """A signal that comes where Python drops what its handler raises."""
+
+  def __del__(self):
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_an_interrupt_that_python_drops_ends_the_run_after_the_iteration(tmp_path, monkeypatch):
+  whole = train._one_step
+  def step(*args):
+    _Dropped()
+    return whole(*args)
+  monkeypatch.setattr(train, '_one_step', step)
+  with pytest.raises(KeyboardInterrupt):
+    train.run(_config(), tmp_path, stream=io.StringIO())
+  assert len(_episodes(tmp_path)) == 1
+
+
 @pytest.mark.parametrize('how', [
     signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow),
     pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
