@@ -50,7 +50,8 @@ class Recipe:
       first token of the answers that think is weighted for it, so that an ability may be taught
       in many examples and yet be used seldom.
     prompt_weight: of a prompt's tokens as targets; those of a response count 1.
-    max_think_lines: longer thinking is left out, and the answer given at once.
+    max_think_lines: of longer thinking the last wrong guesses are left out; if it is still longer,
+      the answer is given at once.
     references: the most programs shown to a proposal.
     cases: pairs of an induction; the first half is shown.
     fail: share of the thoughts about inductions that begin with wrong guesses of the model's own,
@@ -163,6 +164,8 @@ class Writer:
       while wrong and len(steps) > self.recipe.max_think_lines:
         wrong = wrong[:-1]
         steps = rejected(wrong) + right
+    if len(steps) > self.recipe.max_think_lines:
+      steps = []
     return prompt, _response(self._prompts, 'induction', steps, example.program)
 
   def _rivals(self, rng, example):
