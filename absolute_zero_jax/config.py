@@ -168,7 +168,7 @@ def get_config() -> ConfigDict:
   c.reward.wrong_penalty = -0.5       # well-formed but wrong
   # A valid proposal whose solve rate is 0 or 1: 0.0 (paper Eq. 4) or -0.5 (reference code).
   c.reward.zero_learnability = 0.0
-  # 'one_minus': 1 - p, 0 at p = 0; 'inverse': 1 - p always.
+  # Of solve rate p. 'one_minus': 1 - p, 0 at p = 0; 'inverse': 1 - p always; 'variance': 4p(1 - p).
   c.reward.learnability = 'one_minus'
   # Induction: 'binary' (all hidden cases), 'accuracy', 'if_one_correct'.
   c.reward.induction = 'binary'

@@ -14,7 +14,7 @@ import dataclasses
 
 from absolute_zero_jax import intrinsic as intrinsic_lib
 
-LEARNABILITY = ('one_minus', 'inverse')
+LEARNABILITY = ('one_minus', 'inverse', 'variance')
 COMBINE = ('sum', 'multiply', 'sum_multiply', 'multiply_sum')
 FILTERS = ('all', 'non_one', 'non_extremes')
 FORMAT_MODES = ('conditional', 'addition', 'multiply')
@@ -32,7 +32,7 @@ class Rewards:
     wrong_penalty: well-formed answer that is wrong.
     zero_learnability: valid proposal of solve rate 0 or 1. Eq. 4 of the paper says 0, our default;
       its code gives -0.5.
-    learnability: 'one_minus' or 'inverse'.
+    learnability: 'one_minus', 'inverse' or 'variance'.
     induction: read by the induction kind (`score`); here so that the section is complete.
     format_mode: 'conditional', 'addition' or 'multiply'; see `solve`.
     intrinsic: {name in `INTRINSIC`: (coefficient, cap)}.
@@ -105,13 +105,16 @@ def learnability(rate: float, how: str = 'one_minus') -> float:
   """How much a solver of success rate `rate` can learn from a task.
 
   'one_minus' gives 1 - rate, and 0 where the solver never succeeds; 'inverse' gives 1 - rate there
-  too. Both give 0 at rate 1.
+  too. 'variance', 4 rate (1 - rate), pays most for what is solved every other time: with a task's
+  own mean as baseline that is how much its answers teach. All give 0 at rate 1.
 
-  Source: Absolute Zero Eq. 4; azr_spec 7.2.
+  Source: Absolute Zero Eq. 4; azr_spec 7.2. 'variance': Rutherford et al. 2024, arXiv:2408.15099.
   """
   _one_of('learnability', how, LEARNABILITY)
   if not 0 <= rate <= 1:
     raise ValueError(f'rate={rate} must be in [0, 1].')
+  if how == 'variance':
+    return 4 * rate * (1 - rate)
   return 0.0 if rate == 0 and how == 'one_minus' else 1.0 - rate
 
 

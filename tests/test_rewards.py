@@ -12,11 +12,13 @@ IDENTITY = 'def f(a):\n    return a'
 COUNTS = {'int': {'1': 3, '2': 1}, 'str': {'a': 4}}
 
 
-@pytest.mark.parametrize(('rate', 'one_minus', 'inverse'), [
-    (0.0, 0.0, 1.0), (0.125, 0.875, 0.875), (0.5, 0.5, 0.5), (1.0, 0.0, 0.0)])
-def test_learnability(rate, one_minus, inverse):
+@pytest.mark.parametrize(('rate', 'one_minus', 'inverse', 'variance'), [
+    (0.0, 0.0, 1.0, 0.0), (0.125, 0.875, 0.875, 0.4375), (0.5, 0.5, 0.5, 1.0),
+    (1.0, 0.0, 0.0, 0.0)])
+def test_learnability(rate, one_minus, inverse, variance):
   assert rewards.learnability(rate) == one_minus
   assert rewards.learnability(rate, 'inverse') == inverse
+  assert rewards.learnability(rate, 'variance') == variance
 
 
 @pytest.mark.parametrize('rate', [-0.1, 1.5, float('nan')])
