@@ -80,6 +80,7 @@ def _plot(rows, path) -> None:
     axis.set_xlabel(name)
     axis.set_xticks(at, [f'{x:.4g}' for x in at])
     axis.minorticks_off()
+    axis.set_yticks(speed, [f'{x:,.0f}' for x in speed])
     axis.grid(alpha=0.3)
   axes[0].set_ylabel('new tokens/s')
   axes[0].legend()
