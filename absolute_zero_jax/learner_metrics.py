@@ -75,10 +75,11 @@ def of_batch(r: Rollout, advantage_BT: np.ndarray, numbers: Sequence[int], group
   live_B = np.any(advantage_BT != 0, axis=1)
   batches = [batch for part in parts for batch in part]
   places = sum(b.tokens_BT.size for b in batches)
+  held = sum(int((b.segments_BT > 0).sum()) for b in batches)
   out = {'rows': float(len(live_B)), 'rows_without_advantage': float((~live_B).sum()),
          'advantage_abs': float(np.abs(advantage_BT).sum() / max(r.mask_BT.sum(), 1)),
-         'micro_batches': float(len(batches)),
-         'padding_share': 1 - sum(int((b.segments_BT > 0).sum()) for b in batches) / places}
+         'micro_batches': float(len(batches)), 'positions': float(held),
+         'padding_share': 1 - held / places}
   for i, group in enumerate(groups):
     member_B = np.asarray(numbers) == i
     out[f'{group}/rows_without_advantage'] = float((~live_B[member_B]).sum())

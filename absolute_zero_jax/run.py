@@ -262,7 +262,7 @@ class Run:
 
   def _update(self, episodes: list[Episode]) -> tuple[list[Episode], dict[str, float]]:
     """One update from the episodes that train; they come back with their advantages."""
-    rows = [_row(e) for e in episodes if e.train]
+    rows = [row_of(e) for e in episodes if e.train]
     if not rows:
       return episodes, {'updates_without_rows': 1.0}
     work = self._prepare(rows)
@@ -346,7 +346,7 @@ class _Behind:
     """Waits for the update, and keeps these episodes' rows for the next play."""
     self.dispatch()               # of a play that answered nothing
     numbers = self._numbers() if self._numbers else {'updates_without_rows': 1.0}
-    rows = [_row(e) for e in episodes if e.train]
+    rows = [row_of(e) for e in episodes if e.train]
     if rows:
       work = self._run._prepare(rows)
       self._run._ahead = rows, work
@@ -360,7 +360,7 @@ def _with_advantages(episodes: list[Episode], work: learner_lib.Update) -> list[
           if e.train else e for e in episodes]
 
 
-def _row(e: Episode) -> learner_lib.Row:
+def row_of(e: Episode) -> learner_lib.Row:
   """The learner's view of an episode: its last turn."""
   turn = e.turns[-1]
   return learner_lib.Row(

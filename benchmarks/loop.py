@@ -3,17 +3,25 @@
 
   python benchmarks/loop.py                                 # the carried model, two CPU cores
   python benchmarks/loop.py --config configs/smollm2.py --iterations 2
+  python benchmarks/loop.py --batch 32 --ways overlapped    # 96 proposals an iteration
 
 Each way is a run of its own from the same seed; their iterations are interleaved A B C A B C, and
 the first one of each, which compiles, is left out. Reported are medians of the seconds per phase,
 the share of an iteration outside decoding, waiting for the executor and updating (target 5 %), the
-waiting against the decoding (target 10 %), and tokens per second of whole iterations against A.
+waiting against the decoding (target 10 %), tokens per second of whole iterations against A, and the
+share of XLA's rate for a product of matrices of 1024 x 1024 in the same dtype, measured between the
+iterations. Counted are two operations per weight and token that is generated or prefilled, and six
+per one that the update reads; not attention, and not padding.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import statistics
+import time
+
+import jax
+import jax.numpy as jnp
 
 from absolute_zero_jax import metrics, parts, run
 
@@ -33,34 +41,61 @@ def main() -> None:
   parser.add_argument('--config', default='configs/tiny.py')
   parser.add_argument('--iterations', type=int, default=5, help='measured, of each way')
   parser.add_argument('--ways', default=','.join(WAYS), help='comma-separated')
+  parser.add_argument('--batch', type=int, default=0, help="selfplay.batch; 0 = the config's")
   args = parser.parse_args()
   ways = {name: WAYS[name] for name in args.ways.split(',')}
   parts.use_compilation_cache()
   rows = {name: [] for name in ways}
   with contextlib.ExitStack() as stack:
-    runs = {name: stack.enter_context(run.Run(_config(args.config, changes)))
+    runs = {name: stack.enter_context(run.Run(_config(args.config, args.batch, changes)))
             for name, changes in ways.items()}
+    rates = []
     for i in range(args.iterations + 1):
       for name, current in runs.items():
         found = current.iterate().metrics
+        rates.append(_matmul_rate(jnp.dtype(current.c.model.dtype)))
         print(f'{name} {i}: {found["time/iteration"]:.2f} s, {found["sampler/tokens"]:.0f} tokens',
               flush=True)
         if i:
-          rows[name].append(found)
-  print(_table(rows))
+          rows[name].append(found | {'operations': _operations(current.policy(), found)})
+  print(f'XLA multiplies matrices of 1024 x 1024 at {statistics.median(rates) / 1e9:.0f} Gflop/s')
+  print(_table(rows, statistics.median(rates)))
 
 
-def _config(path: str, changes: dict):
+def _operations(params, found: dict[str, float]) -> float:
+  """Of the products with weights in an iteration; the unembedding's where it is needed."""
+  sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
+  unembed = sizes.get('unembed', sizes['embed'])
+  layers = sum(sizes.values()) - sizes['embed'] - sizes.get('unembed', 0)
+  generated, learned = found['sampler/tokens'], found['train/positions']
+  return (2 * layers * (generated + found['sampler/prefill_tokens']) + 2 * unembed * generated
+          + 6 * layers * learned + 6 * unembed * found['train/tokens'])
+
+
+def _matmul_rate(dtype, size: int = 1024) -> float:
+  """Operations per second: the best of five products."""
+  x, product = jnp.full((size, size), 0.01, dtype), jax.jit(jnp.matmul)
+  jax.block_until_ready(product(x, x))
+  times = []
+  for _ in range(5):
+    start = time.perf_counter()
+    jax.block_until_ready(product(x, x))
+    times.append(time.perf_counter() - start)
+  return 2 * size**3 / min(times)
+
+
+def _config(path: str, batch: int, changes: dict):
   spec = importlib.util.spec_from_file_location('benched', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   c = module.get_config()
   c.heldout.every_steps = 0
+  c.selfplay.batch = batch or c.selfplay.batch
   c.update_from_flattened_dict(changes)
   return c
 
 
-def _table(rows: dict[str, list[dict[str, float]]]) -> str:
+def _table(rows: dict[str, list[dict[str, float]]], matmul_rate: float) -> str:
   def median(name, of):
     return statistics.median(of(row) for row in rows[name])
 
@@ -70,15 +105,19 @@ def _table(rows: dict[str, list[dict[str, float]]]) -> str:
   def outside(row):
     named = sum(row[f'time/{phase}'] for phase in ('decode', 'wait', 'update'))
     return 1 - named / row['time/iteration']
+
+  def reached(row):
+    return row['operations'] / row['time/iteration'] / matmul_rate
   first = median(next(iter(rows)), rate)
   lines = []
   for name in rows:
     lines.append([name, *(f'{median(name, lambda r, p=p: r[f"time/{p}"]):.2f}' for p in PHASES),
                   f'{100 * median(name, outside):.1f} %',
                   f'{100 * median(name, lambda r: r["time/wait"] / r["time/decode"]):.1f} %',
-                  f'{median(name, rate):.0f}', f'{median(name, rate) / first:.2f}x'])
+                  f'{median(name, rate):.0f}', f'{median(name, rate) / first:.2f}x',
+                  f'{100 * median(name, reached):.1f} %'])
   return metrics.table(['way', *(f'{p}, s' for p in PHASES), 'outside', 'wait / decode',
-                        'tokens/s', 'against A'], lines)
+                        'tokens/s', 'against A', 'of the matmul rate'], lines)
 
 
 if __name__ == '__main__':

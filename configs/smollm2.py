@@ -14,6 +14,7 @@ def get_config(arg=None):
   c = base.get_config()
   c.train.steps = 3
   c.train.micro_batch_tokens = 2048
+  c.train.pack = True
   c.selfplay.batch = 8
   c.selfplay.mc_samples = 4
   c.selfplay.references = 2
