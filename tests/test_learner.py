@@ -72,8 +72,10 @@ def _plain_logprobs(params, rows):
 @pytest.fixture(scope='module')
 def whole(params):
   """All rows as one micro-batch on one device."""
-  state, metrics, _ = _update(params, rows_lib.rows())
+  rows = rows_lib.rows()
+  state, metrics, _ = _update(params, rows)
   assert metrics['micro_batches'] == 1
+  assert metrics['positions'] == sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
   return state.opt_state.trace, metrics
 
 
