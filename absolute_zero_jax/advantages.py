@@ -12,6 +12,7 @@ An estimator is any function `(Rollout, **options) -> advantages_BT`; an aggrega
 """
 
 from collections.abc import Callable
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -154,6 +155,40 @@ def rloo(r: Rollout) -> np.ndarray:
   return _terminal(r, centred_B * (size_G / np.maximum(size_G - 1, 1))[group_B], informative_B)
 
 
+def pass_at_k(r: Rollout, *, k: int = 2) -> np.ndarray:
+  """What an answer means for the best of k answers to its prompt, on every token.
+
+  Of all sets of k of the prompt's answers: (mean best score of the sets that hold this answer -
+  mean best score of all sets) / (deviation of the best score + 1e-6). A right answer counts the
+  more the fewer there are beside it, and where fewer than k are wrong nothing is left to gain:
+  zero. So does a prompt with k answers or fewer. With k = 1 it is `grpo` but for the deviation,
+  which is the population's.
+
+  Source: Pass@k Training (arXiv:2508.10751) eq. 10 to 15, where rewards are 0 or 1 and
+  A+ = (1 - R) / sqrt(R(1 - R)), A- = (1 - R - C(wrong - 1, k - 1) / C(n - 1, k - 1)) / the same,
+  R = 1 - C(wrong, k) / C(n, k). Here for any scores.
+  """
+  _, informative_B = _centre(r)
+  score_B, (group_B, _) = _scores(r), _groups(r.prompt_B)
+  value_B = np.zeros(len(score_B))
+  for group in np.unique(group_B[informative_B]):
+    member = np.flatnonzero(group_B == group)
+    member = member[np.argsort(score_B[member])]
+    score, n = score_B[member], len(member)
+    m = min(k, n)
+    # A set's best is its last one in this order, the other m - 1 stand below it.
+    sets = np.array([math.comb(below, m - 1) for below in range(n)], np.float64)
+    share = sets / sets.sum()
+    mean = share @ score
+    deviation = np.sqrt(max(share @ (score - mean)**2, 0))
+    # Of those sets, (m - 1) / below hold a given one of the lower.
+    higher = share * score * (m - 1) / np.maximum(np.arange(n), 1)
+    above = np.cumsum(higher[::-1])[::-1] - higher
+    best = (share * score + above) * n / m
+    value_B[member] = (best - mean) / (deviation + 1e-6)
+  return _terminal(r, value_B, informative_B)
+
+
 ESTIMATORS: dict[str, Callable[..., np.ndarray]] = {
     'trr_plus_plus': trr_plus_plus,
     'trr_prompt': trr_prompt,
@@ -163,6 +198,7 @@ ESTIMATORS: dict[str, Callable[..., np.ndarray]] = {
     'dr_grpo': dr_grpo,
     'rloo': rloo,
     'opo': opo,
+    'pass_at_k': pass_at_k,
 }
 
 

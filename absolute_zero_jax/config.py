@@ -185,6 +185,7 @@ def get_config() -> ConfigDict:
   c.algorithm.name = 'trr_plus_plus'
   # Other estimators for single roles, e.g. {'solve': 'rloo'}.
   c.algorithm.role_estimators = ConfigDict()
+  c.algorithm.pass_k = 2              # answers in a set of the estimator 'pass_at_k'
   # Scope of whitening: 'global', 'role', 'role_kind'; '' is the algorithm's own. And what has one
   # vote in its moments: 'token' or 'sequence'.
   c.algorithm.whiten_by = ''

@@ -21,8 +21,8 @@ from absolute_zero_jax.types import Task
 
 ConfigDict = config_lib.ConfigDict
 
-_ALGORITHM = ('name', 'whiten_by', 'whiten_count', 'aggregation', 'aggregation_rows', 'clip_low',
-              'clip_high', 'dual_clip', 'entropy_coef', 'kl_coef', 'kl_kind', 'kl_in',
+_ALGORITHM = ('name', 'pass_k', 'whiten_by', 'whiten_count', 'aggregation', 'aggregation_rows',
+              'clip_low', 'clip_high', 'dual_clip', 'entropy_coef', 'kl_coef', 'kl_kind', 'kl_in',
               'importance', 'importance_cap')
 
 

@@ -54,6 +54,7 @@ class Algorithm:
     role_estimators: ((role, estimator), ...): estimators for single roles, computed on that role's
       sequences alone, e.g. (('solve', 'rloo'),) to use prompt baselines only where there are
       several answers per prompt.
+    pass_k: answers in a set of 'pass_at_k'.
     whiten_by: scope of the moments of whitening estimators: 'global', 'role', 'role_kind'; ''
       takes the estimator's own.
     whiten_count: 'token' or 'sequence': what has one vote in those moments.
@@ -72,6 +73,7 @@ class Algorithm:
   """
   estimator: str | Callable[..., np.ndarray] = 'trr_plus_plus'
   role_estimators: tuple[tuple[str, str | Callable[..., np.ndarray]], ...] = ()
+  pass_k: int = 2
   whiten_by: str = ''
   whiten_count: str = 'token'
   role_weights: tuple[tuple[str, float], ...] = ()
@@ -156,6 +158,8 @@ class Algorithm:
       options = {'count': self.whiten_count}
       if self.whiten_by:
         options['whiten_by'] = self.whiten_by
+    if estimator == 'pass_at_k':
+      options = {'k': self.pass_k}
     return ESTIMATORS[estimator](r, **options)
 
 
@@ -217,6 +221,7 @@ ALGORITHMS: dict[str, Callable[..., Any]] = {
     'dr_grpo': functools.partial(Algorithm, estimator='dr_grpo', aggregation='constant'),
     'rloo': functools.partial(Algorithm, estimator='rloo', aggregation='sequence'),
     'opo': functools.partial(Algorithm, estimator='opo'),
+    'pass_at_k': functools.partial(Algorithm, estimator='pass_at_k', aggregation='sequence'),
     'trr_prompt': functools.partial(
         Algorithm, estimator='trr_prompt', aggregation='role_microbatch'),
 }
@@ -265,6 +270,8 @@ def _check(a: Algorithm) -> None:
     refuse('aggregation_tokens', "the longest response allowed, with aggregation='constant'")
   if a.aggregation_rows < 1:
     refuse('aggregation_rows', '1 or more')
+  if a.pass_k < 1:
+    refuse('pass_k', '1 or more')
   if a.whiten_by not in ('', 'global', 'role', 'role_kind'):
     refuse('whiten_by', "'' (the estimator's own), 'global', 'role', 'role_kind'")
   if a.whiten_count not in ('token', 'sequence'):

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimators, aggregations and losses against published vectors, torch formulas and hand sums."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +133,29 @@ def test_prompt_estimators_are_their_papers_formulas(name, seed):
                'dr_grpo': score[i] - group.mean(), 'rloo': score[i] - others.mean()}[name]
   got = advantages.ESTIMATORS[name](r)
   np.testing.assert_allclose(got, want[:, None] * r.mask_BT, atol=1e-6)
+
+
+@pytest.mark.parametrize('k', [1, 2, 3, 4])
+@pytest.mark.parametrize('scores', [(1, 0, 0, 0), (1, 0, 1, 1), (-0.5, 1, -1, 0.25), (3, 3, -1, 0)])
+def test_pass_at_k_compares_the_best_of_all_sets_of_k(scores, k):
+  got = advantages.pass_at_k(_rollout(scores, [2] * 4, prompt=[7] * 4), k=k)
+  sets = list(itertools.combinations(range(4), k))
+  best = {held: max(scores[i] for i in held) for held in sets}
+  values = np.array(list(best.values()), float)
+  for i in range(4):
+    holding = np.mean([best[held] for held in sets if i in held])
+    want = (holding - values.mean()) / (values.std() + 1e-6)
+    np.testing.assert_allclose(got[i], want, atol=1e-5)
+
+
+def test_pass_at_k_of_right_and_wrong_is_the_papers_formula():
+  n, k, wrong = 8, 4, 6
+  r = _rollout([1] * 2 + [0] * wrong, [3] * n, prompt=[0] * n)
+  best = 1 - math.comb(wrong, k) / math.comb(n, k)
+  right_and_wrong = [1 - best, 1 - best - math.comb(wrong - 1, k - 1) / math.comb(n - 1, k - 1)]
+  got = reinforce.get('trr_plus_plus', role_estimators=(('solve', 'pass_at_k'),), pass_k=k)
+  np.testing.assert_allclose(got.advantages(r, ('solve',))[[0, -1], 0],
+                             np.array(right_and_wrong) / math.sqrt(best * (1 - best)), rtol=1e-5)
 
 
 @pytest.mark.parametrize('name', sorted(advantages.ESTIMATORS))
@@ -370,6 +396,7 @@ def test_an_algorithm_of_the_users_own_is_named_in_the_config():
     ({'name': 'grpo', 'kl_kind': 'k4'}, 'kl_kind'),
     ({'name': 'grpo', 'importance': 'clip'}, 'importance'),
     ({'name': 'grpo', 'importance_cap': 0.5}, 'importance_cap'),
+    ({'name': 'grpo', 'pass_k': 0}, 'pass_k=0'),
     ({'name': 'trr_plus_plus', 'whiten_by': 'kind'}, 'whiten_by'),
     ({'name': 'trr_plus_plus', 'role_estimators': (('solve', 'gae'),)}, "'gae' is unknown"),
 ])
