@@ -387,13 +387,19 @@ def to_json(c: ConfigDict) -> dict[str, Any]:
   return plain(c.to_dict())
 
 
-def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = '') -> list[str]:
-  """Dotted names of the fields in which two `to_json` dicts differ."""
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = '',
+                usual: dict[str, Any] | None = None) -> list[str]:
+  """Dotted names of the fields in which two `to_json` dicts differ.
+
+  A field that one of them lacks counts with its default, so that a run of an older version, which
+  did not know the field, goes on.
+  """
+  usual = to_json(get_config()) if usual is None else usual
   out = []
   for k in sorted(set(a) | set(b)):
-    name = f'{prefix}{k}'
-    if isinstance(a.get(k), dict) and isinstance(b.get(k), dict):
-      out += differences(a[k], b[k], f'{name}.')
-    elif k not in a or k not in b or a[k] != b[k]:
-      out.append(name)
+    x, y = (d.get(k, usual.get(k, ...)) for d in (a, b))
+    if isinstance(x, dict) and isinstance(y, dict):
+      out += differences(x, y, f'{prefix}{k}.', usual.get(k) or {})
+    elif x != y:
+      out.append(f'{prefix}{k}')
   return out

@@ -28,14 +28,15 @@ def check(c: ConfigDict, reference: ConfigDict) -> None:
 
 
 def check_field(c: ConfigDict, field: str) -> None:
-  """Raises `ConfigError` unless the dotted name `field` is a field of `c`."""
+  """Raises `ConfigError` unless `field` is the dotted name of a field that `c` has."""
   section, done = c, []
   for part in field.split('.'):
     if not isinstance(section, ConfigDict):
       raise ConfigError(f'{field} is no config field: {".".join(done)} is a value, no section.')
     if part not in section:
       if '.'.join(done) in _OPEN:
-        return
+        raise ConfigError(f'{field} is not set in this config, so no flag can change it; give the '
+                          f'whole section: --config.{".".join(done)}="{{{part!r}: ...}}".')
       raise ConfigError(f'{field} is no config field; allowed in {".".join(done) or "config"}: '
                         f'{", ".join(sorted(section))}.{did_you_mean(part, section)}')
     section = section[part]

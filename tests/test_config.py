@@ -64,6 +64,8 @@ def test_an_unknown_field_is_named_with_what_is_allowed():
     config.check_field(config.get_config(), 'selfplay.batsh')
   with pytest.raises(config.ConfigError, match='is a section'):
     config.check_field(config.get_config(), 'train')
+  with pytest.raises(config.ConfigError, match=r"--config\.algorithm\.role_weights=.\{'propose'"):
+    config.check_field(config.get_config(), 'algorithm.role_weights.propose')
 
 
 @pytest.mark.parametrize('change, words', [
@@ -146,3 +148,12 @@ def test_differences_name_the_fields():
   c = config.get_config()
   c.train.steps, c.selfplay.kinds = 9, ('deduction',)
   assert config.differences(a, config.to_json(c)) == ['selfplay.kinds', 'train.steps']
+
+
+def test_a_field_that_an_older_version_lacks_counts_with_its_default():
+  old, c = config.to_json(config.get_config()), config.get_config()
+  del old['algorithm']['pass_k'], old['heldout']
+  assert not config.differences(old, config.to_json(c))
+  c.algorithm.pass_k, c.algorithm.role_weights.propose = 3, 0.5
+  assert config.differences(old, config.to_json(c)) == [
+      'algorithm.pass_k', 'algorithm.role_weights.propose']
