@@ -3,7 +3,7 @@
 
 python -m absolute_zero_jax.main --config configs/smollm2.py --workdir runs/smollm2
 
-Hardware: 2 CPU cores, 8 GB. Longer: --config.train.steps=100. What came out is in README.md.
+Hardware: 2 CPU cores, 8 GB. Longer: --config.train.steps=100. What came out is in docs/learning.md.
 """
 
 from absolute_zero_jax import config as base
@@ -15,10 +15,14 @@ def get_config(arg=None):
   c.train.steps = 3
   c.train.micro_batch_tokens = 2048
   c.train.pack = True
+  c.train.share_prompts = True
   c.selfplay.batch = 8
-  c.selfplay.mc_samples = 4
+  c.selfplay.mc_samples = 8
+  c.selfplay.mc_use = 'reuse'
   c.selfplay.references = 2
   c.selfplay.induction_cases = 4
+  c.selfplay.refuse_independent = True
+  c.selfplay.max_alike = 1
   c.sampler.slots = 32
   c.sampler.max_prompt_tokens = 768
   c.sampler.max_propose_tokens = 128
@@ -28,7 +32,9 @@ def get_config(arg=None):
   c.executor.validate_timeout_s = 1.0
   c.executor.score_timeout_s = 2.0
   c.executor.memory_mb = 256
-  c.optimizer.learning_rate = 1e-5
+  # A proposer of full weight, at 3e-5, writes nothing but `return a` after twenty iterations.
+  c.algorithm.role_weights.propose = 0.3
   c.algorithm.skip_zero_rows = True
+  c.optimizer.learning_rate = 2e-5
   c.checkpoint.every_steps = 1
   return c
