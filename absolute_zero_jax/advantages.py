@@ -164,9 +164,9 @@ def pass_at_k(r: Rollout, *, k: int = 2) -> np.ndarray:
   zero. So does a prompt with k answers or fewer. With k = 1 it is `grpo` but for the deviation,
   which is the population's.
 
-  Source: Pass@k Training (arXiv:2508.10751) eq. 10 to 15, where rewards are 0 or 1 and
+  Source: Pass@k Training (arXiv:2508.10751), its analytical form, where rewards are 0 or 1 and
   A+ = (1 - R) / sqrt(R(1 - R)), A- = (1 - R - C(wrong - 1, k - 1) / C(n - 1, k - 1)) / the same,
-  R = 1 - C(wrong, k) / C(n, k). Here for any scores.
+  R = 1 - C(wrong, k) / C(n, k). Here for any scores, by the best of each set.
   """
   _, informative_B = _centre(r)
   score_B, (group_B, _) = _scores(r), _groups(r.prompt_B)

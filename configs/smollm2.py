@@ -32,7 +32,7 @@ def get_config(arg=None):
   c.executor.validate_timeout_s = 1.0
   c.executor.score_timeout_s = 2.0
   c.executor.memory_mb = 256
-  # A proposer of full weight, at 3e-5, writes nothing but `return a` after twenty iterations.
+  # At full weight and 3e-5, 36 of 37 valid programs were `return a` after twenty iterations.
   c.algorithm.role_weights.propose = 0.3
   c.algorithm.skip_zero_rows = True
   c.optimizer.learning_rate = 2e-5
