@@ -331,7 +331,8 @@ def of_decoder(config: Any, tx: optax.GradientTransformation, algorithm: Any, *,
                attention: str = 'xla', **options: Any) -> Learner:
   """The `Learner` of `models.decoder` with this `ModelConfig`; options as there."""
   hidden = functools.partial(decoder.hidden, config, dtype=jnp.dtype(dtype), remat=remat,
-                             attention=attention, mesh=mesh)
+                             attention=attention, mesh=mesh,
+                             packed=bool(options.get('pack') or options.get('share_prompts')))
   return Learner(hidden, decoder.unembed, tx, algorithm, mesh=mesh, **options)
 
 

@@ -161,6 +161,28 @@ def test_bfloat16_is_near_float32():
   assert np.abs(got - want).max() < 0.1 * np.abs(want).max()
 
 
+def test_bfloat16_adds_up_gradients_over_tokens_in_float32():
+  """4,096 equal tokens: a sum in bfloat16 stops at 256 times its terms."""
+  config = ModelConfig('qwen2', vocab=61, embed=24, layers=1, heads=4, kv_heads=2, head_dim=8,
+                       ffn=40, rope_theta=1e4, qkv_bias=True, tied=False)
+  tokens = jnp.full((32, 128), 7)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def gradient(dtype):
+    def loss(params):
+      x = decoder.hidden(config, params, tokens, jnp.arange(128)[None] + 0 * tokens,
+                         jnp.ones_like(tokens), dtype=dtype)
+      return jnp.sum(x.astype(jnp.float32) @ direction)
+    return jax.grad(loss)(_params(config))
+
+  direction = jnp.asarray(np.random.default_rng(3).normal(size=24), jnp.float32)
+  want, got = gradient(jnp.float32), gradient(jnp.bfloat16)
+  of_bias = lambda g: g['layers']['v_bias']
+  for name, pick in (('embed', lambda g: g['embed'][7]), ('v_bias', of_bias)):
+    scale = np.abs(pick(want)).max()
+    np.testing.assert_allclose(pick(got), pick(want), atol=0.02 * scale, err_msg=name)
+
+
 def test_unknown_options_are_refused_by_name():
   params, tokens_BT = _params(SMALL), jnp.asarray(_tokens((1, 4)))
   with pytest.raises(ValueError, match="remat='some'.*'full'"):

@@ -19,23 +19,26 @@ _MAX_CHUNKS = 16
 
 
 def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array,
-           key_segments_BS: jax.Array, *, implementation: str = 'xla') -> jax.Array:
+           key_segments_BS: jax.Array, *, packed: bool = True,
+           implementation: str = 'xla') -> jax.Array:
   """Causal attention inside equal non-zero segments; the one call site of every kernel.
 
   A token of segment `GROUP * g + m` also sees the tokens of segment `GROUP * g` (g > 0) that stand
   before it: so the answers of a group share one copy of their prompt. Numbers below `GROUP` have no
   such part.
 
-  The T queries are the last T of the S keys' tokens.
+  The T queries are the last T of the S keys' tokens. `packed` False promises that every row is one
+  segment with its padding behind it, of which a kernel may make use.
 
   Raises ValueError for an unknown implementation.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'attention={implementation!r} is unknown; allowed: {sorted(IMPLEMENTATIONS)}')
-  return IMPLEMENTATIONS[implementation](q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS)
+  return IMPLEMENTATIONS[implementation](q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS,
+                                         packed)
 
 
-def _attend_xla(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS):
+def _attend_xla(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS, packed):
   """Masked matmuls in chunks of queries; each chunk reads only the keys up to its end."""
   B, T, N, H = q_BTNH.shape
   K = k_BKHS.shape[1]
@@ -125,12 +128,18 @@ def _unfold(x, C):
   return x.reshape(B, K, -1, C, H)
 
 
-def _attend_cudnn(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS):
+def _attend_cudnn(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS, packed):
   """Flash attention of cuDNN; needs an NVIDIA GPU and a 16-bit dtype."""
-  allowed_BTS = _allowed(segments_BT, key_segments_BS, k_BKHS.shape[3] - q_BTNH.shape[1])
+  T, S = q_BTNH.shape[1], k_BKHS.shape[3]
+  if packed or T < S:
+    # A mask is read as an array of T * S numbers, and what it hides is computed all the same.
+    which = {'mask': _allowed(segments_BT, key_segments_BS, S - T)[:, None]}
+  else:
+    lengths_B = jnp.maximum(jnp.sum(segments_BT > 0, -1, dtype=jnp.int32), 1)
+    which = {'is_causal': True, 'query_seq_lengths': lengths_B, 'key_value_seq_lengths': lengths_B}
   return jax.nn.dot_product_attention(
-      q_BTNH, k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3),
-      mask=allowed_BTS[:, None], implementation='cudnn')
+      q_BTNH, k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3), **which,
+      implementation='cudnn')
 
 
 IMPLEMENTATIONS = {'xla': _attend_xla, 'cudnn': _attend_cudnn}

@@ -45,6 +45,7 @@ class Block(nn.Module):
       stored [outputs, inputs], as `decoding.weights` lays them out.
     weights_first: `fused` matrices are the left operand, which is for a CPU (see `product`).
     collect: also return this layer's rotated keys and values.
+    packed: see `attention.attend`.
   """
   config: ModelConfig
   dtype: Any = jnp.float32
@@ -52,6 +53,7 @@ class Block(nn.Module):
   fused: bool = False
   weights_first: bool = False
   collect: bool = False
+  packed: bool = True
   mesh: Mesh | None = None
 
   def setup(self):
@@ -99,7 +101,7 @@ class Block(nn.Module):
       v_BKSH = jnp.concatenate([prefix[1], v_BKSH], 2)
       key_segments_BS = jnp.concatenate([prefix_segments_BP, segments_BT], 1)
     out_BTNH = attention_lib.attend(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS,
-                                    implementation=self.attention)
+                                    packed=self.packed, implementation=self.attention)
     x_BTD = x_BTD + self._out(out_BTNH)
     x_BTD = sharding.constrain(x_BTD + self._ffn(x_BTD), ('batch', None, None), self.mesh)
     return x_BTD, own if self.collect else None
@@ -130,14 +132,13 @@ class Block(nn.Module):
     if self.fused:
       flat = self._dot(h, self.w['qkv'])
       if c.qkv_bias:
-        flat = flat + self._match(self.w['qkv_bias'], flat.ndim)
+        flat = self._add(flat, self.w['qkv_bias'])
       flat = flat.reshape(*h.shape[:-1], -1, c.head_dim)
       q, k, v = jnp.split(flat, [c.heads, c.heads + c.kv_heads], -2)
     else:
       q, k, v = (self._dot(h, self.w[name]) for name in 'qkv')
       if c.qkv_bias:
-        q, k, v = (y + self._match(self.w[f'{name}_bias'], y.ndim)
-                   for y, name in zip((q, k, v), 'qkv'))
+        q, k, v = (self._add(y, self.w[f'{name}_bias']) for y, name in zip((q, k, v), 'qkv'))
     if c.qk_norm:
       q = rms_norm(q, self.w['q_norm'], c.norm_eps)
       k = rms_norm(k, self.w['k_norm'], c.norm_eps)
@@ -162,8 +163,10 @@ class Block(nn.Module):
       return product(x.astype(self.dtype), w, self.weights_first)
     return checkpoint_name(linear(x.astype(self.dtype), w, axes), 'dot')
 
-  def _match(self, w, ndim):
-    return w.astype(self.dtype).reshape((1,) * (ndim - w.ndim) + w.shape)
+  def _add(self, x, bias):
+    # In float32, so that the gradient of the bias is added up over the tokens in float32.
+    bias = bias.astype(jnp.float32).reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
+    return (x.astype(jnp.float32) + bias).astype(self.dtype)
 
 
 class Decoder(nn.Module):
@@ -174,6 +177,7 @@ class Decoder(nn.Module):
     remat: 'none' keeps all activations for the backward pass, 'full' only each layer's input,
       'dots' also the results of weight matmuls and of attention.
     attention: key of `attention.IMPLEMENTATIONS`.
+    packed: see `attention.attend`.
     mesh: constrains activations to rows over data and fsdp; None leaves layout to the compiler.
   """
   config: ModelConfig
@@ -181,6 +185,7 @@ class Decoder(nn.Module):
   remat: str = 'none'
   attention: str = 'xla'
   collect: bool = False
+  packed: bool = True
   mesh: Mesh | None = None
 
   @nn.compact
@@ -195,14 +200,15 @@ class Decoder(nn.Module):
     # Gathering the rows of a table that is split both ways makes the partitioner replicate the
     # result; gathering its width first is the cheap way round.
     embed_VD = sharding.constrain(embed_VD, ('vocab', None), self.mesh)
-    x_BTD = embed_VD.astype(self.dtype)[tokens_BT]
+    # Cast after the gather, so that the gradients of equal tokens are added up in float32.
+    x_BTD = embed_VD[tokens_BT].astype(self.dtype)
     x_BTD = sharding.constrain(x_BTD, ('batch', None, None), self.mesh)
     stack = nn.scan(_remat(self.remat), length=c.layers, variable_axes={'params': 0},
                     split_rngs={'params': True}, in_axes=(0, *(nn.broadcast,) * 3), out_axes=0,
                     unroll=c.layers if self.remat == 'none' and c.layers <= _UNROLLED else 1,
                     metadata_params={nn.PARTITION_NAME: 'layers'})
-    block = stack(c, self.dtype, self.attention, collect=self.collect, mesh=self.mesh,
-                  name='layers')
+    block = stack(c, self.dtype, self.attention, collect=self.collect, packed=self.packed,
+                  mesh=self.mesh, name='layers')
     x_BTD, cache = block(x_BTD, prefix, rope_angles(c, positions_BT), segments_BT,
                          prefix_segments_BP)
     norm = nn.with_logical_partitioning(nn.initializers.ones, ('norm',))
@@ -228,7 +234,8 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
 
 def hidden(config: ModelConfig, params: Params, tokens_BT: jax.Array,
            positions_BT: jax.Array, segments_BT: jax.Array, *, dtype: Any = jnp.float32,
-           remat: str = 'none', attention: str = 'xla', mesh: Mesh | None = None) -> jax.Array:
+           remat: str = 'none', attention: str = 'xla', packed: bool = True,
+           mesh: Mesh | None = None) -> jax.Array:
   """Final hidden states [B, T, D], after the last norm, in `dtype`.
 
   A token sees the tokens before it in its row that have its segment number; 0 is padding, whose
@@ -236,7 +243,7 @@ def hidden(config: ModelConfig, params: Params, tokens_BT: jax.Array,
   `attention.attend`). Positions count from 0 in each segment, so padding and
   packing change no number.
   """
-  module = Decoder(config, dtype, remat, attention, mesh=mesh)
+  module = Decoder(config, dtype, remat, attention, packed=packed, mesh=mesh)
   return module.apply({'params': params}, tokens_BT, positions_BT, segments_BT)[0]
 
 
@@ -356,7 +363,13 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def _remat(remat):
-  saved = jax.checkpoint_policies.save_only_these_names('dot', 'attention')
+  named = jax.checkpoint_policies.save_only_these_names('dot', 'attention')
+
+  def saved(primitive, *args, **params):
+    # cuDNN's forward pass has no names inside; its results are what its backward pass needs.
+    return primitive.name.startswith('dot_product_attention_fwd') or named(
+        primitive, *args, **params)
+
   policies = {'full': None, 'dots': saved}
   if remat == 'none':
     return Block
