@@ -24,7 +24,6 @@ from absolute_zero_jax import decoding, sampling, schedule, sharding
 from absolute_zero_jax.models import decoder
 from absolute_zero_jax.models.config import ModelConfig
 
-_SHORTEST_PREFIX = 32           # a shared prefix below this is recomputed with each prompt
 _PREFILL_TOKENS = 4096          # at most this many prompt tokens in one prefill call
 
 
@@ -80,12 +79,15 @@ class Programs:
     fitting = [shape for shape in known if shape[0] >= width and shape[1] >= size]
     return min(fitting, key=lambda s: s[0] * s[1], default=(width, size))
 
-  def prefill_shapes(self, prompts: int, size: int, ahead: int) -> list[tuple[int, int]]:
+  def prefill_shapes(self, prompts: int, size: int, ahead: int,
+                     padded: bool) -> list[tuple[int, int]]:
     """(prompts, slots each) of the calls that prefill `prompts` of up to `size` tokens.
 
-    Once too many shapes are compiled, those are reused, and prompts that fit none go one by one.
+    `padded` allows rows without a prompt (see `schedule.batches`). Once too many shapes are
+    compiled, those are reused, and prompts that fit none go one by one.
     """
-    exact = [(count, size) for count in schedule.batches(prompts, _PREFILL_TOKENS // size)]
+    exact = [(count, size)
+             for count in schedule.batches(prompts, _PREFILL_TOKENS // size, padded)]
     known = [key[1] for key in self.compiled if key[0] == 'prefill']
     if len(known) < self.most or all((*shape, ahead) in known for shape in exact):
       return exact
@@ -102,20 +104,25 @@ def layout(params: decoder.Params) -> tuple:
   return tuple((x.shape, str(x.dtype), x.sharding) for x in jax.tree.leaves(params))
 
 
+def on_cpu(weights: decoding.Weights) -> bool:
+  """Whether sampling runs on a CPU: where the weights are is the only place to learn it."""
+  return {d.platform for d in weights.embed_VD.devices()} == {'cpu'}
+
+
 class Batch:
   """The running batch of one `generate` call: slots, rings, and the prompts that wait."""
 
   def __init__(self, programs: Programs, params: decoder.Params, weights: decoding.Weights,
-               rows: list[Row], slots: int, key: jax.Array, opts: sampling.Options,
+               rows: list[Row], slots: tuple[int, int], key: jax.Array, opts: sampling.Options,
                allowed_V: np.ndarray, stops_E: np.ndarray):
     self.programs, self.weights, self.key, self.opts = programs, weights, key, opts
     self.allowed_V, self.stops_E = allowed_V, stops_E
-    # Where the weights are is the only place to learn what they run on.
-    self.weights_first = {d.platform for d in weights.embed_VD.devices()} == {'cpu'}
+    self.on_cpu = on_cpu(weights)
     self.queue = collections.deque(rows)
-    self.most = slots
+    self.fewest, self.most = slots
     self.slots = [None] * self._width(len(rows))
-    self.prompts = Prompts(programs, params, [row.context for row in rows])
+    self.prompts = Prompts(programs, params, [row.context for row in rows],
+                           padded=not self.on_cpu)
     self.cache, self.size, self.slot = None, 0, 0
 
   def busy(self) -> bool:
@@ -197,7 +204,7 @@ class Batch:
                      row.most - len(row.ids), row.stream, row.sample)
     steps = min(p.chunk, int(table[3].max()))
     program = functools.partial(decoding.decode, p.config, chunk=p.chunk, dtype=p.dtype,
-                                mesh=p.mesh, weights_first=self.weights_first)
+                                mesh=p.mesh, on_cpu=self.on_cpu)
     self.cache, chunk = p.call(
         ('decode', len(self.slots), self.size), program, self.weights, self.cache,
         np.int32(self.slot), decoding.Rows(*table), np.int32(steps), self.key, self.opts,
@@ -216,7 +223,8 @@ class Batch:
     return [(b, row, int(chunk.counts_B[b]), bool(chunk.stopped_B[b])) for b, row in live]
 
   def _width(self, rows):
-    return schedule.width(min(rows, self.most), sharding.row_shards(self.programs.mesh))
+    rows = max(self.fewest, min(rows, self.most))
+    return schedule.width(rows, sharding.row_shards(self.programs.mesh))
 
   def _insert(self, insert, found):
     """Copies prefilled prompts into cache rows; `found` holds (slot, source, length)."""
@@ -225,10 +233,14 @@ class Batch:
     table = np.zeros((3, B), np.int32)
     table[:, :count] = np.array(found, np.int32).T
     key = ('insert', B, self.size, insert.shape)
-    function = functools.partial(decoding.insert, mesh=p.mesh)
+    function = functools.partial(decoding.insert, mesh=p.mesh, on_cpu=self.on_cpu)
+    args = np.int32(count), *table, np.int32(self.slot)
+    # On the devices once, not once for each layer.
+    args = (jax.device_put(args) if p.mesh is None
+            else sharding.place(args, sharding.replicated(p.mesh)))
     self.cache = tuple(
-        p.call(key, function, k, v, insert.new, insert.prefix, np.int32(layer), np.int32(count),
-                *table, np.int32(self.slot), donate=(0, 1))
+        p.call(key, function, k, v, insert.new, insert.prefix, np.int32(layer), *args,
+               donate=(0, 1))
         for layer, (k, v) in enumerate(self.cache))
 
   def _resize(self, width, size):
@@ -269,17 +281,17 @@ class _Insert:
 class Prompts:
   """Keys and values of prompts: computed once each, kept while a waiting row needs them."""
 
-  def __init__(self, programs, params, contexts):
-    self.programs, self.params = programs, params
+  def __init__(self, programs, params, contexts, padded):
+    self.programs, self.params, self.padded = programs, params, padded
     self.layout = layout(params)
-    self.prefix_of = schedule.shared_prefixes(contexts, _SHORTEST_PREFIX)
+    self.prefix_of = schedule.shared_prefixes(contexts, programs.prompt_sizes[0])
     self.prefixes: dict[tuple[int, ...], _Insert] = {}
     self.ready: list[_Insert] = []
 
   def add(self, contexts):
     """Contexts that come later share prefixes among themselves."""
     new = set(contexts) - self.prefix_of.keys()
-    self.prefix_of |= schedule.shared_prefixes(new, _SHORTEST_PREFIX)
+    self.prefix_of |= schedule.shared_prefixes(new, self.programs.prompt_sizes[0])
 
   def prefill(self, contexts):
     """Inserts that cover `contexts`; computes those not at hand."""
@@ -297,8 +309,9 @@ class Prompts:
         continue
       ahead = self._prefix(prefix).shape[1] if prefix else 0
       begin = 0
-      for count, slots in self.programs.prefill_shapes(len(members), size, ahead):
-        self.ready.append(self._compute(members[begin:begin + count], slots, prefix))
+      for count, slots in self.programs.prefill_shapes(len(members), size, ahead, self.padded):
+        part = members[begin:begin + count]
+        self.ready.append(self._compute(part, slots, prefix, count))
         begin += count
     wanted = set(contexts)
     return [insert for insert in self.ready if wanted & insert.rows.keys()]
@@ -312,23 +325,23 @@ class Prompts:
   def _prefix(self, prefix):
     if prefix not in self.prefixes:
       size = schedule.fit(self.programs.prompt_sizes, len(prefix))
-      made = self._compute([prefix], size, (), at_end=True)
+      made = self._compute([prefix], size, (), 1, at_end=True)
       self.prefixes[prefix] = dataclasses.replace(made, rows={prefix: (0, size)})
     return self.prefixes[prefix]
 
-  def _compute(self, contexts, size, prefix, at_end=False):
-    """Prefills the contexts behind their common prefix, aligned to the start of their slots."""
+  def _compute(self, contexts, size, prefix, count, at_end=False):
+    """Prefills up to `count` contexts behind their prefix, aligned to the start of their slots."""
     p = self.programs
     before = self._prefix(prefix) if prefix else None
     ahead = before.shape[1] if before else 0
-    tokens_BT, positions_BT, segments_BT = np.zeros((3, len(contexts), size), np.int32)
+    tokens_BT, positions_BT, segments_BT = np.zeros((3, count, size), np.int32)
     for b, context in enumerate(contexts):
       rest = context[len(prefix):]
       where = slice(size - len(rest), size) if at_end else slice(0, len(rest))
       tokens_BT[b, where] = rest
       positions_BT[b, where] = np.arange(len(prefix), len(context))
       segments_BT[b, where] = 1
-    shape = len(contexts), size, ahead
+    shape = count, size, ahead
     function = functools.partial(_prefill, p.config, dtype=p.dtype, attention=p.attention,
                                  mesh=p.mesh)
     seen_A = (np.arange(ahead) >= ahead - len(prefix)).astype(np.int32) if before else None

@@ -120,7 +120,7 @@ def get_config() -> ConfigDict:
   c.selfplay.probes = 3
   c.selfplay.refuse_independent = False
   # Tasks that are refused (status 'excluded'): '', 'heldout' (programs of the test side of
-  # `grammar`), or 'module:name' of a function of the task.
+  # `grammar`, and of the files among `heldout.parts`), or 'module:name' of a function of the task.
   c.selfplay.exclude = ''
   # Seed tasks: file or directory of the reference's jsonl schema; 'grammar': `seeding.tasks` per
   # kind, generated from `seed`; '' starts from the zero triplet.
@@ -139,8 +139,16 @@ def get_config() -> ConfigDict:
   c.sampler = ConfigDict()
   # Sequences decoded side by side.
   c.sampler.slots = 64
+  # Fewest of them that a batch narrows to as rows end; each width, a power of two, is a program.
+  c.sampler.min_slots = 1
   # Decode steps between two looks of the host (text stops, refill).
   c.sampler.chunk = 16
+  # Smallest sizes of a cache, and of a padded prompt, which then grow by a third or a half; and how
+  # many shapes of decoding, and of prefill, are compiled before larger ones serve. Larger blocks
+  # are fewer programs, which an accelerator takes seconds to compile and little longer to run.
+  c.sampler.cache_block = 64
+  c.sampler.prompt_block = 32
+  c.sampler.max_programs = 32
   c.sampler.max_prompt_tokens = 6144
   c.sampler.max_propose_tokens = 8096
   c.sampler.max_solve_tokens = 8096

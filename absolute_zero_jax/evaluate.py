@@ -122,6 +122,21 @@ def held_out_tasks(seed: int, count: int, part: str, *, kinds: tuple[str, ...],
   return tuple(out)
 
 
+def excludes(c: config_lib.ConfigDict) -> Callable[[Task], bool]:
+  """Says which proposed tasks are refused (`selfplay.exclude`).
+
+  'heldout': programs of the grammar's test side, whatever the seed, and of the files among
+  `heldout.parts`.
+  """
+  if not c.selfplay.exclude:
+    return lambda task: False
+  files = [part for part in c.heldout.parts if part not in grammar.PARTS]
+  known = {grammar.key(task.program) for path in files for task in file_tasks(path, ('deduction',))}
+  def heldout(task):
+    return grammar.excludes(task) or grammar.key(task.program) in known
+  return config_lib.load_object(c.selfplay.exclude, {'heldout': heldout}, 'selfplay.exclude')
+
+
 def file_tasks(path: epath.PathLike, kinds: Sequence[str]) -> list[Task]:
   """Deductions and abductions of a JSON-lines file in the format of CRUXEval; kinds in order.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the names of a config become the objects of a run; each function reads its own sections."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import os
 import pathlib
 from typing import Any
@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from absolute_zero_jax import config as config_lib
-from absolute_zero_jax import controls, grammar, lora, reinforce, sharding, tasks
+from absolute_zero_jax import controls, lora, reinforce, sharding, tasks
 from absolute_zero_jax import executor as executor_lib
 from absolute_zero_jax import learner as learner_lib
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax import tokenizer as tokenizer_lib
 from absolute_zero_jax.models import decoder, hub, loading
 from absolute_zero_jax.tasks import composite, program
-from absolute_zero_jax.types import Task
 
 ConfigDict = config_lib.ConfigDict
 
@@ -62,14 +61,6 @@ def rewards(c: ConfigDict) -> Any:
   """What attempts are worth."""
   make = config_lib.load_object(c.reward.name, controls.REWARDS, 'reward.name')
   return make(**{k: v for k, v in c.reward.to_dict().items() if k != 'name'})
-
-
-def excludes(c: ConfigDict) -> Callable[[Task], bool]:
-  """Says which proposed tasks are refused: programs of the test side, whatever the seed."""
-  if not c.selfplay.exclude:
-    return lambda task: False
-  return config_lib.load_object(c.selfplay.exclude, {'heldout': grammar.excludes},
-                                'selfplay.exclude')
 
 
 def algorithm(c: ConfigDict) -> Any:
@@ -119,7 +110,9 @@ def sampler(c: ConfigDict, model: Any, mesh: Any, tokenizer: Any) -> sampler_lib
   """The continuous batch of this model."""
   return sampler_lib.Sampler(
       model, mesh, pad_id=tokenizer.pad_id, stop_ids=tokenizer.stop_ids, slots=c.sampler.slots,
-      chunk=c.sampler.chunk, dtype=c.model.dtype, attention=c.model.attention,
+      min_slots=c.sampler.min_slots, chunk=c.sampler.chunk, cache_block=c.sampler.cache_block,
+      prompt_block=c.sampler.prompt_block, max_programs=c.sampler.max_programs,
+      dtype=c.model.dtype, attention=c.model.attention,
       vocab=tokenizer.vocab_size, max_prompt_tokens=c.sampler.max_prompt_tokens,
       max_new_tokens=longest_response(c))
 

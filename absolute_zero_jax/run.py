@@ -130,7 +130,7 @@ class Run:
                                 **{k: c.selfplay[k] for k in _RULES})
     self.tools = selfplay.Tools(kinds=self.kinds, prompts=self.prompts, tokenizer=self.tokenizer,
                                 sample=self._sample, submit=self.executor.submit,
-                                rewards=self.rewards, excludes=parts.excludes(c),
+                                rewards=self.rewards, excludes=evaluate.excludes(c),
                                 shape=lambda task: program.shape(task.program))
 
   def params(self, role: Role) -> Any:
@@ -316,6 +316,7 @@ class Run:
     out |= mean.result()
     out |= {f'time/{k}': v for k, v in timer.seconds.items() if k not in ('propose', 'solve')}
     out |= {f'sampler/{k}': v - before.get(k, 0) for k, v in after.items()}
+    out['sampler/occupancy'] = out['sampler/live_steps'] / max(out['sampler/slot_steps'], 1)
     out['sampler/tokens_per_s'] = out['sampler/tokens'] / max(timer.seconds['decode'], 1e-9)
     out['compilations'] = self.sampler.compilations() + self.learner.compilations()
     out |= {f'executor/{k}': v for k, v in self.executor.stats().items()}

@@ -27,8 +27,6 @@ from absolute_zero_jax import batching, decoding, sampling, schedule, sharding
 from absolute_zero_jax.models import decoder
 from absolute_zero_jax.models.config import ModelConfig
 
-_SHORTEST_PROMPT = 32           # prompts are padded to a ladder that starts here
-
 StopFn = Callable[[int, tuple[int, ...]], int | None]
 
 
@@ -65,8 +63,11 @@ class Sampler:
 
   Attributes set at construction:
     slots: rows in the running batch; memory is that of `slots` caches of the longest live row.
+    min_slots: fewest rows of the running batch, however few are left: each width is a program.
     chunk: decode steps between two looks of the host.
     cache_block: smallest cache size; further sizes are 1.5, 2, 3, 4, ... times it.
+    prompt_block: prompts are padded to sizes that grow likewise from this one; a beginning that
+      several prompts share is prefilled once if it has as many tokens.
     dtype: of weights, activations and cache while generating.
     vocab: ids from here on are never drawn (a table padded beyond the tokenizer); 0: all may be.
     max_programs: how many decode shapes, and how many prefill shapes, may be compiled before larger
@@ -76,13 +77,13 @@ class Sampler:
   """
 
   def __init__(self, config: ModelConfig, mesh: Mesh | None = None, *, pad_id: int,
-               stop_ids: Sequence[int], slots: int = 64, chunk: int = 16, cache_block: int = 64,
-               max_prompt_tokens: int = 1024, max_new_tokens: int = 512,
-               dtype: Any = jnp.float32, attention: str = 'xla', vocab: int = 0,
-               max_programs: int = 32):
-    sizes = {'slots': slots, 'chunk': chunk, 'cache_block': cache_block,
-             'max_prompt_tokens': max_prompt_tokens, 'max_new_tokens': max_new_tokens,
-             'max_programs': max_programs}
+               stop_ids: Sequence[int], slots: int = 64, min_slots: int = 1, chunk: int = 16,
+               cache_block: int = 64, prompt_block: int = 32, max_prompt_tokens: int = 1024,
+               max_new_tokens: int = 512, dtype: Any = jnp.float32, attention: str = 'xla',
+               vocab: int = 0, max_programs: int = 32):
+    sizes = {'slots': slots, 'min_slots': min_slots, 'chunk': chunk, 'cache_block': cache_block,
+             'prompt_block': prompt_block, 'max_prompt_tokens': max_prompt_tokens,
+             'max_new_tokens': max_new_tokens, 'max_programs': max_programs}
     for name, value in sizes.items():
       if value < 1:
         raise ValueError(f'{name}={value} must be at least 1.')
@@ -92,11 +93,11 @@ class Sampler:
           raise ValueError(f'{name}={i} is outside the vocabulary of {config.vocab}.')
     self.config, self.mesh, self.dtype = config, mesh, jnp.dtype(dtype)
     self.max_prompt_tokens, self.max_new_tokens = max_prompt_tokens, max_new_tokens
-    self.slots = schedule.width(slots, sharding.row_shards(mesh))
+    self.slots = min(min_slots, slots), schedule.width(slots, sharding.row_shards(mesh))
     self._allowed_V = np.arange(config.vocab) < (vocab or config.vocab)
     self._allowed_V[pad_id] = pad_id in stop_ids
     self._stops_E = np.array(sorted(stop_ids) or [-1], np.int32)
-    prompt_sizes = schedule.ladder(_SHORTEST_PROMPT, max_prompt_tokens)
+    prompt_sizes = schedule.ladder(prompt_block, max_prompt_tokens)
     # A ring must hold a padded prefix and a padded prompt behind it.
     longest = 2 * prompt_sizes[-1] + max_new_tokens + chunk
     self._programs = batching.Programs(config, mesh, self.dtype, attention, chunk, max_programs,
@@ -175,9 +176,10 @@ class Sampler:
     of prepare, prefill and decode include those of compiling (`compile_s`).
     """
     totals = {name: 0.0 for name in ('tokens', 'prompt_tokens', 'prefill_tokens', 'prepare_s',
-                                     'prefill_s', 'decode_s', 'host_s', 'compile_s', 'steps')}
+                                     'prefill_s', 'decode_s', 'host_s', 'compile_s', 'steps',
+                                     'live_steps', 'slot_steps')}
     totals |= {k: float(v) for k, v in self._programs.stats.items()}
-    totals['occupancy'] = totals.pop('live_steps', 0.0) / max(totals.pop('slot_steps', 0.0), 1.0)
+    totals['occupancy'] = totals['live_steps'] / max(totals['slot_steps'], 1.0)
     totals['programs'] = float(self.compilations())
     return totals
 

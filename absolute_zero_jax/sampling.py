@@ -59,30 +59,35 @@ def options(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
 
 
 def draw(logits_BV: jax.Array, allowed_V: jax.Array, uniform_B2: jax.Array, opts: Options, *,
-         grouped: bool = True) -> Draw:
+         on_cpu: bool = True, grouped: bool = True) -> Draw:
   """Draws a token of each row by two uniform numbers in [0, 1).
 
   Tokens outside `allowed_V` (padding ids) are never drawn. Truncation is applied in the order of
   HF: temperature, top-k, top-p of what top-k left, min-p; tokens tied with the last kept one are
   kept. `sampler_logprobs` are renormalised over what is kept (0 when greedy), `model_logprobs` are
   log-softmax of the untouched logits over the whole vocabulary. Greedy takes the lowest id among
-  equal best logits. `grouped` works on a few rows at a time, which is for a CPU's caches and must
-  be off where the rows are split over devices.
+  equal best logits.
+
+  Args:
+    on_cpu: skips work by branches, and works on a few rows at a time, for a core's caches. An
+      accelerator waits longer for a branch's condition, or a loop over rows, than for the work.
+    grouped: False forbids the loop over rows, where these are split over devices.
   """
   B, V = logits_BV.shape
   pad = -V % _BLOCK
   if pad:
     logits_BV = jnp.pad(logits_BV, ((0, 0), (0, pad)), constant_values=-jnp.inf)
     allowed_V = jnp.pad(allowed_V, (0, pad))
-  if not grouped or B <= _GROUP or B % _GROUP:
-    return _draw(logits_BV, allowed_V, uniform_B2, opts)
+  if not (on_cpu and grouped) or B <= _GROUP or B % _GROUP:
+    return _draw(logits_BV, allowed_V, uniform_B2, opts, on_cpu)
   logits_IJV = logits_BV.reshape(B // _GROUP, _GROUP, V + pad)
   uniform_IJ2 = uniform_B2.reshape(B // _GROUP, _GROUP, 2)
-  drawn = jax.lax.map(lambda x: _draw(x[0], allowed_V, x[1], opts), (logits_IJV, uniform_IJ2))
+  drawn = jax.lax.map(lambda x: _draw(x[0], allowed_V, x[1], opts, on_cpu),
+                      (logits_IJV, uniform_IJ2))
   return jax.tree.map(lambda x: x.reshape(B), drawn)
 
 
-def _draw(logits_BV, allowed_V, uniform_B2, opts):
+def _draw(logits_BV, allowed_V, uniform_B2, opts, on_cpu):
   logits_BV = logits_BV.astype(jnp.float32)
   peak_B = jnp.max(logits_BV, -1)
   total_B = jnp.sum(jnp.exp(logits_BV - peak_B[:, None]), -1)
@@ -96,7 +101,11 @@ def _draw(logits_BV, allowed_V, uniform_B2, opts):
     tokens_B = _inverse_cdf(weight_BV, uniform_B2)
     return tokens_B, jnp.log(_at(weight_BV, tokens_B)) - jnp.log(jnp.sum(weight_BV, -1))
 
-  tokens_B, sampler_B = jax.lax.cond(opts.temperature == 0, greedy, random)
+  is_greedy = opts.temperature == 0
+  if on_cpu:
+    tokens_B, sampler_B = jax.lax.cond(is_greedy, greedy, random)
+  else:
+    tokens_B, sampler_B = jax.tree.map(lambda g, r: jnp.where(is_greedy, g, r), greedy(), random())
   model_B = _at(logits_BV, tokens_B) - peak_B - jnp.log(total_B)
   return Draw(tokens_B, sampler_B, model_B)
 

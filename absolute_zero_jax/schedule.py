@@ -38,9 +38,15 @@ def width(rows: int, shards: int = 1) -> int:
   return size
 
 
-def batches(count: int, most: int) -> list[int]:
-  """Splits `count` prompts into batches of 64, 16, 4 and 1, none above `most`, with no padding."""
+def batches(count: int, most: int, padded: bool = False) -> list[int]:
+  """Splits `count` prompts into batches of 64, 16, 4 and 1, none above `most`.
+
+  Without padding; or `padded`: several prompts go in batches of the largest allowed size alone.
+  """
   sizes = []
+  if padded and count > 1:
+    size = next(size for size in (64, 16, 4, 1) if size <= max(1, most))
+    return [size] * -(-count // size)
   for size in (64, 16, 4, 1):
     if size <= max(1, most):
       sizes += [size] * (count // size)

@@ -24,7 +24,8 @@ from absolute_zero_jax.run import Run
 
 # May change between the parts of one run; anything else belongs to another run.
 FREE_FIELDS = ('train', 'log', 'checkpoint', 'mesh', 'executor.workers',
-               'executor.min_isolation', 'sampler.slots', 'sampler.chunk',
+               'executor.min_isolation', 'sampler.slots', 'sampler.min_slots', 'sampler.chunk',
+               'sampler.cache_block', 'sampler.prompt_block', 'sampler.max_programs',
                'model.remat', 'model.attention')
 
 

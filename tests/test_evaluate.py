@@ -24,6 +24,7 @@ from absolute_zero_jax import config as config_lib
 from absolute_zero_jax.models import decoder, hf, loading
 from absolute_zero_jax.sampler import Sample
 from absolute_zero_jax.tasks import prompts as prompts_lib
+from absolute_zero_jax.types import Task
 
 KINDS = ('deduction', 'abduction', 'induction')
 TOKENS = tokenizer.load(lexicon.FOLDER)
@@ -180,6 +181,21 @@ def test_self_play_refuses_programs_of_the_test_side(service):
   allowed = selfplay.propose(1, memory, tools._replace(excludes=lambda task: False), rules,
                              np.random.default_rng(0), timer=metrics.Timer())
   assert [a.status for a in allowed] == ['ok', 'ok', 'duplicate']
+
+
+def test_self_play_refuses_programs_of_the_files_it_is_scored_on(tmp_path):
+  c = config_lib.get_config()
+  free = grammar.example(random.Random(4))
+  task = lambda program: Task('deduction', program, (('1', '1'),))
+  mine = task('def f(n):\n    return n + n # twice')
+  assert not evaluate.excludes(c)(task(grammar.test_set(3, 1)[0].program))
+  c.selfplay.exclude = 'heldout'
+  assert evaluate.excludes(c)(task(grammar.test_set(3, 1)[0].program))
+  assert not evaluate.excludes(c)(task(free.program)) and not evaluate.excludes(c)(mine)
+  path = tmp_path / 'human.jsonl'
+  path.write_text(json.dumps({'code': 'def f(x):\n  return x + x', 'input': '1', 'output': '2'}))
+  c.heldout.parts = (str(path),)
+  assert evaluate.excludes(c)(mine) and not evaluate.excludes(c)(task(free.program))
 
 
 def test_the_command_scores_a_model_directory(tmp_path):

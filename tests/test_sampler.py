@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference_models
 
-from absolute_zero_jax import sampler, schedule
+from absolute_zero_jax import batching, sampler, schedule
 from absolute_zero_jax.models import decoder, hf
 from absolute_zero_jax.models.config import ModelConfig
 
@@ -52,6 +52,24 @@ def _logprobs(prompt, ids):
   logits_TV = jax.jit(decoder.logits, static_argnums=0)(CONFIG, _params(), x)[0]
   at = len(prompt) - 1
   return np.asarray(jax.nn.log_softmax(logits_TV[at:at + len(ids)], -1))
+
+
+@pytest.mark.parametrize('min_slots', [1, 4])
+def test_the_way_of_accelerators_draws_the_same(monkeypatch, min_slots):
+  """Padded prefills, rows inserted at once, no branches: with shared prefixes, refills, growth."""
+  common = _prompt(40, 1)
+  requests = [sampler.Request(common + _prompt(n, n), samples=2, max_new_tokens=3 + n % 21)
+              for n in (1, 5, 9, 30, 50)]
+  requests += [sampler.Request(_prompt(n, n), max_new_tokens=24) for n in (1, 2, 33, 70)]
+  want = _shared_sampler().generate(_params(), requests, KEY)
+  monkeypatch.setattr(batching, 'on_cpu', lambda weights: False)
+  ours = _sampler(min_slots=min_slots)
+  got = ours.generate(_params(), requests, KEY)
+  assert _ids(got) == _ids(want)
+  for a, b in zip(sum(got, []), sum(want, [])):
+    np.testing.assert_allclose(a.model_logprobs, b.model_logprobs, atol=2e-5)
+  widths = {key[1] for key in ours._programs.compiled if key[0] == 'decode'}
+  assert (widths == {4}) == (min_slots == 4)
 
 
 def test_greedy_tokens_equal_those_of_transformers():
@@ -278,6 +296,7 @@ def test_schedules():
   assert [schedule.width(n) for n in (1, 2, 3, 33)] == [1, 2, 4, 64]
   assert schedule.width(3, shards=6) == 6 and schedule.width(7, shards=6) == 12
   assert schedule.batches(23, 64) == [16, 4, 1, 1, 1] and schedule.batches(5, 2) == [1] * 5
+  assert schedule.batches(23, 20, padded=True) == [16, 16] and schedule.batches(1, 64, True) == [1]
   with pytest.raises(ValueError, match='holds 129'):
     schedule.fit((64, 128), 129)
 

@@ -9,7 +9,7 @@ import pytest
 from absolute_zero_jax import sampling
 
 _DRAWS = 20_000
-_draw = jax.jit(sampling.draw, static_argnames='grouped')
+_draw = jax.jit(sampling.draw, static_argnames=('on_cpu', 'grouped'))
 
 
 def _exact(logits_V, allowed_V, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -36,11 +36,11 @@ def _case(V, seed=0):
   return logits_V, allowed_V
 
 
-def _many(logits_V, allowed_V, options, draws=_DRAWS, seed=0):
+def _many(logits_V, allowed_V, options, draws=_DRAWS, seed=0, **where):
   """Draws of one distribution, 1000 rows a call."""
   rows_BV = jnp.broadcast_to(jnp.asarray(logits_V)[None], (1000, logits_V.size))
   r = np.random.default_rng(seed)
-  out = [_draw(rows_BV, jnp.asarray(allowed_V), r.random((1000, 2), np.float32), options)
+  out = [_draw(rows_BV, jnp.asarray(allowed_V), r.random((1000, 2), np.float32), options, **where)
          for _ in range(draws // 1000)]
   return [np.concatenate(x) for x in zip(*out)]
 
@@ -77,9 +77,9 @@ def test_kept_sets_equal_sorting_over_many_rows():
   allowed_V = np.ones(640, bool)
   for options in ({'top_p': 0.95}, {'top_k': 50}, {'top_k': 50, 'top_p': 0.5}, {'top_p': 0.01},
                   {'top_p': 0.9999}, {'min_p': 1.0}, {'top_k': 1}, {'top_k': 640}, {'top_k': 9999}):
-    for grouped in (True, False):
+    for where in ({}, {'grouped': False}, {'on_cpu': False}):
       drawn = _draw(logits_BV, allowed_V, r.random((64, 2), np.float32),
-                    sampling.options(**options), grouped=grouped)
+                    sampling.options(**options), **where)
       for b in range(64):
         p_V = _exact(logits_BV[b], allowed_V, **options)
         assert abs(np.log(p_V[drawn.tokens_B[b]]) - drawn.sampler_logprobs_B[b]) < 2e-5, options
@@ -100,10 +100,12 @@ def test_greedy_takes_the_first_best_allowed_token():
   logits_V = np.zeros(300, np.float32)
   logits_V[[40, 150, 299]] = 5.0, 5.0, 9.0
   allowed_V = np.arange(300) < 299
-  tokens, sampler, model = _many(logits_V, allowed_V, sampling.options(temperature=0), draws=1000)
-  assert set(tokens) == {40} and not sampler.any()
-  want = 5 - np.log(np.exp(logits_V.astype(np.float64)).sum())
-  np.testing.assert_allclose(model, want, atol=1e-5)
+  for on_cpu in (True, False):
+    tokens, sampler, model = _many(logits_V, allowed_V, sampling.options(temperature=0),
+                                   draws=1000, on_cpu=on_cpu)
+    assert set(tokens) == {40} and not sampler.any()
+    want = 5 - np.log(np.exp(logits_V.astype(np.float64)).sum())
+    np.testing.assert_allclose(model, want, atol=1e-5)
 
 
 def test_extreme_uniforms_never_reach_a_forbidden_or_impossible_token():
