@@ -165,6 +165,7 @@ def _serve_jax(flags) -> None:
     hf.save(config, params, pathlib.Path(flags.folder) / 'model')
   mesh = sharding.make_mesh(data=flags.devices) if flags.devices > 1 else None
   ours = sampler.Sampler(config, mesh, pad_id=0, stop_ids=[], slots=flags.slots, chunk=flags.chunk,
+                         cache_block=flags.cache_block,
                          max_prompt_tokens=max(flags.prompt, 512),
                          max_new_tokens=max(flags.new, flags.limit), dtype=flags.dtype,
                          attention=flags.attention)
@@ -226,10 +227,15 @@ def _limit(config, ours, params, job):
   prompt_s *= B * job['prompt'] / tokens
   read = [w for layer in weights.layers for w in layer.values()] + [unembed_VD]
   size = sum(w.nbytes for w in read)
+  # Keys and values of the tokens that a row has in the middle of its response.
+  size += (2 * c.layers * c.kv_heads * c.head_dim * dtype.itemsize
+           * B * (job['prompt'] + job['new'][0] // 2))
   block = jnp.ones((2**14, 2**15 // dtype.itemsize), dtype)
-  # How fast memory can be read is at least what the fastest of these does.
+  # How fast memory can be read is at least what the fastest of these does; the last one also writes
+  # as much as it reads.
   reads = [lambda x: jnp.max(x, -1), lambda x: x @ x[0], lambda x: x[0] @ x.T]
-  bandwidth = block.nbytes / min(measure(jax.jit(f), block) for f in reads)
+  bandwidth = block.nbytes / min(*(measure(jax.jit(f), block) for f in reads),
+                                 measure(jax.jit(lambda x: -x), block) / 2)
   step_s = max(step_s, size / bandwidth)
   return {'seconds': step_s * job['new'][0] + prompt_s,
           'text': f'step {step_s * 1e3:.1f} ms, prompts {prompt_s:.2f} s, read '
@@ -240,11 +246,20 @@ def _serve_hf(flags) -> None:
   import torch
   import transformers
   path = pathlib.Path(flags.folder) / 'model'
-  while not (path / 'config.json').exists():                   # the other side writes it
-    time.sleep(0.5)
-  time.sleep(1.0)
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
-  model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, flags.dtype))
+  dtype = getattr(torch, flags.dtype)
+  if 'jax' in flags.sides.split(','):
+    while not (path / 'config.json').exists():                 # the other side writes it
+      time.sleep(0.5)
+    time.sleep(1.0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+  else:                                                        # any numbers take as long
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    from absolute_zero_jax.models import loading
+    config = loading.random_config(MODELS.get(flags.model, flags.model)).to_hf()
+    config = transformers.AutoConfig.for_model(**config)
+    with torch.device(device):
+      model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
   model = model.eval().to(device)
   rng = np.random.default_rng(1)
 
@@ -313,6 +328,8 @@ def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument('--tunix', default=sys.executable, help='interpreter that has google-tunix')
   parser.add_argument('--slots', type=int, default=64)
   parser.add_argument('--chunk', type=int, default=16)
+  parser.add_argument('--cache_block', type=int, default=64, help='the fewer sizes, the fewer '
+                      'programs')
   parser.add_argument('--devices', type=int, default=1, help='CPU devices to split the rows over')
   parser.add_argument('--variable', action='store_true')
   parser.add_argument('--shared', action='store_true')

@@ -4,16 +4,16 @@
     python benchmarks/train_step.py                         8 x 512 tokens, gradient only
     python benchmarks/train_step.py --optimizer adamw       the whole update
     python benchmarks/train_step.py --model=qwen2.5-1.5b --rows=4 --tokens=4096 --dtype=bfloat16 \\
-        --attention=cudnn --micro_batch_tokens=16384 --steps=5 --peak_tflops=989 --sides=jax_full
-                                                            on an NVIDIA H100, with its MFU
+        --attention=cudnn --micro_batch_tokens=16384 --chunk=4096 --steps=5 --peak_tflops=989 \\
+        --sides=jax_dots --rounds=1                         on an NVIDIA H100, with its MFU
 
-Model: the sizes of SmolLM2-135M (or Qwen2.5-1.5B) with random weights, written once as a Hugging
-Face directory that every side reads. Torch runs the `transformers` model with `sdpa` attention,
-with and without gradient checkpointing. Every measurement is a process of its own (its peak
-resident memory is the one printed), and the sides take turns. Times of shared machines differ from
-run to run; the ratios and the CPU seconds (user and system, all threads) are what to compare. MFU
-counts 6 operations per parameter and token and the attention's own products, and no recomputation
-(PaLM, arXiv:2204.02311, appendix B).
+Model: the sizes of SmolLM2-135M (or Qwen2.5-1.5B) with random weights; where torch takes part they
+are written once as a Hugging Face directory that every side reads. Torch runs the `transformers`
+model with `sdpa` attention, with and without gradient checkpointing. Every measurement is a process
+of its own (its peak resident memory is the one printed), and the sides take turns. Times of shared
+machines differ from run to run; the ratios and the CPU seconds (user and system, all threads) are
+what to compare. MFU counts 6 operations per parameter and token and the attention's own products,
+and no recomputation (PaLM, arXiv:2204.02311, appendix B).
 """
 
 import argparse
@@ -46,8 +46,9 @@ def main() -> None:
     return
   with tempfile.TemporaryDirectory() as folder:
     folder = flags.folder or folder
-    subprocess.run([*_command(folder, flags), '--side=jax_full', '--make'], check=True,
-                   stdout=subprocess.DEVNULL)
+    if 'torch' in flags.sides:
+      subprocess.run([*_command(folder, flags), '--side=jax_full', '--make'], check=True,
+                     stdout=subprocess.DEVNULL)
     results = {side: [] for side in flags.sides.split(',')}
     for number in range(flags.rounds):
       for side in results:
@@ -95,13 +96,14 @@ def _jax(flags) -> dict:
   work = trainer.prepare(_rows(flags, learner.Row), None)
   if flags.make:
     # The torch sides train on exactly these weights and numbers.
-    params = decoder.init(model, jax.random.key(0), dtype=flags.dtype)
-    hf.save(model, params, folder / 'model')
+    hf.save(model, decoder.init(model, jax.random.key(0)), folder / 'model')
     np.savez(folder / 'batch.npz', *(
         np.concatenate([getattr(b, name) for b in work.parts[0]])
         for name in ('tokens_BT', 'mask_BT', 'advantages_BT', 'weights_BT')))
     return {}
-  state = trainer.init(hf.load(folder / 'model')[1])
+  made = (folder / 'model').exists()
+  state = trainer.init(hf.load(folder / 'model')[1] if made else decoder.init(
+      model, jax.random.key(0), dtype=flags.param_dtype))
 
   def step():
     nonlocal state
@@ -183,8 +185,8 @@ def _peak_gib() -> float:
 
 
 def _command(folder, flags) -> list[str]:
-  fields = ('rows', 'tokens', 'steps', 'optimizer', 'dtype', 'chunk', 'micro_batch_tokens',
-            'model', 'attention', 'peak_tflops')
+  fields = ('rows', 'tokens', 'steps', 'optimizer', 'dtype', 'param_dtype', 'chunk',
+            'micro_batch_tokens', 'model', 'attention', 'peak_tflops')
   return [sys.executable, __file__, f'--folder={folder}',
           *(f'--{name}={getattr(flags, name)}' for name in fields)]
 
@@ -197,6 +199,7 @@ def _flags() -> argparse.Namespace:
   parser.add_argument('--steps', type=int, default=1, help='timed per process; best counts')
   parser.add_argument('--optimizer', choices=('none', 'adamw'), default='none')
   parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--param_dtype', default='float32', help='where torch takes no part')
   parser.add_argument('--model', choices=MODELS, default='smollm2')
   parser.add_argument('--attention', default='xla')
   parser.add_argument('--peak_tflops', type=float, default=0.0, help='of the chip; prints the MFU')
