@@ -104,9 +104,9 @@ def layout(params: decoder.Params) -> tuple:
   return tuple((x.shape, str(x.dtype), x.sharding) for x in jax.tree.leaves(params))
 
 
-def on_cpu(weights: decoding.Weights) -> bool:
-  """Whether sampling runs on a CPU: where the weights are is the only place to learn it."""
-  return {d.platform for d in weights.embed_VD.devices()} == {'cpu'}
+def platform(weights: decoding.Weights) -> str:
+  """'cpu', 'gpu' or 'tpu'; where the weights are is the only place to learn it."""
+  return next(iter(weights.embed_VD.devices())).platform
 
 
 class Batch:
@@ -117,12 +117,12 @@ class Batch:
                allowed_V: np.ndarray, stops_E: np.ndarray):
     self.programs, self.weights, self.key, self.opts = programs, weights, key, opts
     self.allowed_V, self.stops_E = allowed_V, stops_E
-    self.on_cpu = on_cpu(weights)
+    self.platform = platform(weights)
     self.queue = collections.deque(rows)
     self.fewest, self.most = slots
     self.slots = [None] * self._width(len(rows))
     self.prompts = Prompts(programs, params, [row.context for row in rows],
-                           padded=not self.on_cpu)
+                           padded=self.platform != 'cpu')
     self.cache, self.size, self.slot = None, 0, 0
 
   def busy(self) -> bool:
@@ -204,7 +204,7 @@ class Batch:
                      row.most - len(row.ids), row.stream, row.sample)
     steps = min(p.chunk, int(table[3].max()))
     program = functools.partial(decoding.decode, p.config, chunk=p.chunk, dtype=p.dtype,
-                                mesh=p.mesh, on_cpu=self.on_cpu)
+                                mesh=p.mesh, platform=self.platform)
     self.cache, chunk = p.call(
         ('decode', len(self.slots), self.size), program, self.weights, self.cache,
         np.int32(self.slot), decoding.Rows(*table), np.int32(steps), self.key, self.opts,
@@ -233,7 +233,7 @@ class Batch:
     table = np.zeros((3, B), np.int32)
     table[:, :count] = np.array(found, np.int32).T
     key = ('insert', B, self.size, insert.shape)
-    function = functools.partial(decoding.insert, mesh=p.mesh, on_cpu=self.on_cpu)
+    function = functools.partial(decoding.insert, mesh=p.mesh, platform=self.platform)
     args = np.int32(count), *table, np.int32(self.slot)
     # On the devices once, not once for each layer.
     args = (jax.device_put(args) if p.mesh is None

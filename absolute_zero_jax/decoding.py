@@ -115,13 +115,13 @@ def empty_cache(config: ModelConfig, width: int, size: int, dtype: Any,
 def insert(keys_BKHS: jax.Array, values_BKSH: jax.Array, new: tuple[jax.Array, jax.Array],
            prefix: tuple[jax.Array, jax.Array] | None, layer: jax.Array, count: jax.Array,
            targets_B: jax.Array, sources_B: jax.Array, lengths_B: jax.Array, slot: jax.Array, *,
-           mesh: Mesh | None, on_cpu: bool) -> tuple[jax.Array, jax.Array]:
+           mesh: Mesh | None, platform: str) -> tuple[jax.Array, jax.Array]:
   """Fills `count` cache rows of one layer with prefilled prompts that end just before `slot`.
 
   Row `targets_B[i]` gets prompt `sources_B[i]` of `new` ([L, B, K, H, P] keys, [L, B, K, P, H]
   values), of which the first `lengths_B[i]` tokens count, behind `prefix` (one row, aligned to the
-  end of its A slots). S must be at least A + P. Row by row where that is a loop on the processor
-  itself; elsewhere all rows at once, since each step of a loop would be waited for.
+  end of its A slots). S must be at least A + P. Row by row, but on a GPU all rows at once: there
+  the host is asked at every step of a loop whether it goes on.
   """
   S = keys_BKHS.shape[3]
   pick = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
@@ -157,12 +157,12 @@ def insert(keys_BKHS: jax.Array, values_BKSH: jax.Array, new: tuple[jax.Array, j
     row = jnp.take_along_axis(row, place, axis)
     return jnp.where(is_new_B[:, None, None, None], row.astype(old.dtype), old)
 
-  if on_cpu:
-    keys_BKHS, values_BKSH = jax.lax.fori_loop(0, count, one, (keys_BKHS, values_BKSH))
-  else:
+  if platform == 'gpu':
     keys_BKHS, values_BKSH = (
         all_at_once(old, x, None if before is None else before[part], axis)
         for part, (old, x, axis) in enumerate(zip((keys_BKHS, values_BKSH), new, (3, 2))))
+  else:
+    keys_BKHS, values_BKSH = jax.lax.fori_loop(0, count, one, (keys_BKHS, values_BKSH))
   return _lay(keys_BKHS, mesh), _lay(values_BKSH, mesh)
 
 
@@ -188,13 +188,14 @@ def resize(keys_BKHS: jax.Array, values_BKSH: jax.Array, keep: jax.Array, slot: 
 def decode(config: ModelConfig, w: Weights, cache: Cache, slot: jax.Array, rows: Rows,
            steps: jax.Array, key: jax.Array, opts: sampling.Options, allowed_V: jax.Array,
            stops_E: jax.Array, *, chunk: int, dtype: Any, mesh: Mesh | None,
-           on_cpu: bool) -> tuple[Cache, Chunk]:
+           platform: str) -> tuple[Cache, Chunk]:
   """Draws up to `steps` (at most `chunk`) tokens of every row, or until every row rests.
 
   Each step appends a row's last token to its ring and draws the next; token t of a row uses the
   key fold_in(fold_in(fold_in(key, stream), sample), t), so it depends on no neighbour.
   """
   B, S = cache[0][0].shape[0], cache[0][0].shape[3]
+  on_cpu = platform == 'cpu'
   block = decoder.Block(config, dtype, fused=is_fused(mesh), weights_first=on_cpu, mesh=mesh)
   unembed_VD = w.embed_VD if w.unembed_VD is None else w.unembed_VD
   row_keys_B = jax.vmap(lambda stream, sample: jax.random.fold_in(
@@ -217,7 +218,7 @@ def decode(config: ModelConfig, w: Weights, cache: Cache, slot: jax.Array, rows:
     logits_BV, cache = logits(cache, slot, rows)
     uniform_B2 = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t), (2,)))(
         row_keys_B, rows.drawn_B)
-    drawn = sampling.draw(logits_BV, allowed_V, uniform_B2, opts, on_cpu=on_cpu,
+    drawn = sampling.draw(logits_BV, allowed_V, uniform_B2, opts, platform=platform,
                           grouped=sharding.row_shards(mesh) == 1)
     live_B = rows.left_B > 0
     stops_B = jnp.any(drawn.tokens_B[:, None] == stops_E[None], -1) & live_B

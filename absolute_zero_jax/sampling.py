@@ -59,7 +59,7 @@ def options(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
 
 
 def draw(logits_BV: jax.Array, allowed_V: jax.Array, uniform_B2: jax.Array, opts: Options, *,
-         on_cpu: bool = True, grouped: bool = True) -> Draw:
+         platform: str = 'cpu', grouped: bool = True) -> Draw:
   """Draws a token of each row by two uniform numbers in [0, 1).
 
   Tokens outside `allowed_V` (padding ids) are never drawn. Truncation is applied in the order of
@@ -69,8 +69,8 @@ def draw(logits_BV: jax.Array, allowed_V: jax.Array, uniform_B2: jax.Array, opts
   equal best logits.
 
   Args:
-    on_cpu: skips work by branches, and works on a few rows at a time, for a core's caches. An
-      accelerator waits longer for a branch's condition, or a loop over rows, than for the work.
+    platform: that of the devices. 'cpu' works on a few rows at a time, for a core's caches; 'gpu'
+      has no branch for greedy drawing, whose condition the host would be asked for at every step.
     grouped: False forbids the loop over rows, where these are split over devices.
   """
   B, V = logits_BV.shape
@@ -78,16 +78,16 @@ def draw(logits_BV: jax.Array, allowed_V: jax.Array, uniform_B2: jax.Array, opts
   if pad:
     logits_BV = jnp.pad(logits_BV, ((0, 0), (0, pad)), constant_values=-jnp.inf)
     allowed_V = jnp.pad(allowed_V, (0, pad))
-  if not (on_cpu and grouped) or B <= _GROUP or B % _GROUP:
-    return _draw(logits_BV, allowed_V, uniform_B2, opts, on_cpu)
+  if platform != 'cpu' or not grouped or B <= _GROUP or B % _GROUP:
+    return _draw(logits_BV, allowed_V, uniform_B2, opts, platform)
   logits_IJV = logits_BV.reshape(B // _GROUP, _GROUP, V + pad)
   uniform_IJ2 = uniform_B2.reshape(B // _GROUP, _GROUP, 2)
-  drawn = jax.lax.map(lambda x: _draw(x[0], allowed_V, x[1], opts, on_cpu),
+  drawn = jax.lax.map(lambda x: _draw(x[0], allowed_V, x[1], opts, platform),
                       (logits_IJV, uniform_IJ2))
   return jax.tree.map(lambda x: x.reshape(B), drawn)
 
 
-def _draw(logits_BV, allowed_V, uniform_B2, opts, on_cpu):
+def _draw(logits_BV, allowed_V, uniform_B2, opts, platform):
   logits_BV = logits_BV.astype(jnp.float32)
   peak_B = jnp.max(logits_BV, -1)
   total_B = jnp.sum(jnp.exp(logits_BV - peak_B[:, None]), -1)
@@ -102,10 +102,10 @@ def _draw(logits_BV, allowed_V, uniform_B2, opts, on_cpu):
     return tokens_B, jnp.log(_at(weight_BV, tokens_B)) - jnp.log(jnp.sum(weight_BV, -1))
 
   is_greedy = opts.temperature == 0
-  if on_cpu:
-    tokens_B, sampler_B = jax.lax.cond(is_greedy, greedy, random)
-  else:
+  if platform == 'gpu':
     tokens_B, sampler_B = jax.tree.map(lambda g, r: jnp.where(is_greedy, g, r), greedy(), random())
+  else:
+    tokens_B, sampler_B = jax.lax.cond(is_greedy, greedy, random)
   model_B = _at(logits_BV, tokens_B) - peak_B - jnp.log(total_B)
   return Draw(tokens_B, sampler_B, model_B)
 

@@ -54,15 +54,15 @@ def _logprobs(prompt, ids):
   return np.asarray(jax.nn.log_softmax(logits_TV[at:at + len(ids)], -1))
 
 
-@pytest.mark.parametrize('min_slots', [1, 4])
-def test_the_way_of_accelerators_draws_the_same(monkeypatch, min_slots):
+@pytest.mark.parametrize('platform, min_slots', [('gpu', 1), ('tpu', 4)])
+def test_the_way_of_accelerators_draws_the_same(monkeypatch, platform, min_slots):
   """Padded prefills, rows inserted at once, no branches: with shared prefixes, refills, growth."""
   common = _prompt(40, 1)
   requests = [sampler.Request(common + _prompt(n, n), samples=2, max_new_tokens=3 + n % 21)
               for n in (1, 5, 9, 30, 50)]
   requests += [sampler.Request(_prompt(n, n), max_new_tokens=24) for n in (1, 2, 33, 70)]
   want = _shared_sampler().generate(_params(), requests, KEY)
-  monkeypatch.setattr(batching, 'on_cpu', lambda weights: False)
+  monkeypatch.setattr(batching, 'platform', lambda weights: platform)
   ours = _sampler(min_slots=min_slots)
   got = ours.generate(_params(), requests, KEY)
   assert _ids(got) == _ids(want)

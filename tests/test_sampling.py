@@ -9,7 +9,7 @@ import pytest
 from absolute_zero_jax import sampling
 
 _DRAWS = 20_000
-_draw = jax.jit(sampling.draw, static_argnames=('on_cpu', 'grouped'))
+_draw = jax.jit(sampling.draw, static_argnames=('platform', 'grouped'))
 
 
 def _exact(logits_V, allowed_V, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -77,7 +77,7 @@ def test_kept_sets_equal_sorting_over_many_rows():
   allowed_V = np.ones(640, bool)
   for options in ({'top_p': 0.95}, {'top_k': 50}, {'top_k': 50, 'top_p': 0.5}, {'top_p': 0.01},
                   {'top_p': 0.9999}, {'min_p': 1.0}, {'top_k': 1}, {'top_k': 640}, {'top_k': 9999}):
-    for where in ({}, {'grouped': False}, {'on_cpu': False}):
+    for where in ({}, {'grouped': False}, {'platform': 'gpu'}):
       drawn = _draw(logits_BV, allowed_V, r.random((64, 2), np.float32),
                     sampling.options(**options), **where)
       for b in range(64):
@@ -100,9 +100,9 @@ def test_greedy_takes_the_first_best_allowed_token():
   logits_V = np.zeros(300, np.float32)
   logits_V[[40, 150, 299]] = 5.0, 5.0, 9.0
   allowed_V = np.arange(300) < 299
-  for on_cpu in (True, False):
+  for platform in ('cpu', 'gpu', 'tpu'):
     tokens, sampler, model = _many(logits_V, allowed_V, sampling.options(temperature=0),
-                                   draws=1000, on_cpu=on_cpu)
+                                   draws=1000, platform=platform)
     assert set(tokens) == {40} and not sampler.any()
     want = 5 - np.log(np.exp(logits_V.astype(np.float64)).sum())
     np.testing.assert_allclose(model, want, atol=1e-5)
