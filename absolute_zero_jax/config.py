@@ -139,16 +139,17 @@ def get_config() -> ConfigDict:
   c.sampler = ConfigDict()
   # Sequences decoded side by side.
   c.sampler.slots = 64
-  # Fewest of them that a batch narrows to as rows end; each width, a power of two, is a program.
-  c.sampler.min_slots = 1
   # Decode steps between two looks of the host (text stops, refill).
   c.sampler.chunk = 16
-  # Smallest sizes of a cache, and of a padded prompt, which then grow by a third or a half; and how
-  # many shapes of decoding, and of prefill, are compiled before larger ones serve. Larger blocks
-  # are fewer programs, which an accelerator takes seconds to compile and little longer to run.
-  c.sampler.cache_block = 64
-  c.sampler.prompt_block = 32
-  c.sampler.max_programs = 32
+  # Every shape is a program: fewest sequences that a batch narrows to as rows end (then all powers
+  # of two); smallest size of a cache, and of a padded prompt, which grow by a third or a half; how
+  # many shapes of decoding, and of prefill, are compiled before larger ones serve. 0 = by the
+  # devices: an accelerator takes seconds to compile a program, and hardly longer to run a larger
+  # one (see `parts.SAMPLER_SIZES`).
+  c.sampler.min_slots = 0
+  c.sampler.cache_block = 0
+  c.sampler.prompt_block = 0
+  c.sampler.max_programs = 0
   c.sampler.max_prompt_tokens = 6144
   c.sampler.max_propose_tokens = 8096
   c.sampler.max_solve_tokens = 8096

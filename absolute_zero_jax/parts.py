@@ -19,6 +19,9 @@ from absolute_zero_jax.models import decoder, hub, loading
 from absolute_zero_jax.tasks import composite, program
 
 ConfigDict = config_lib.ConfigDict
+# What fields of `config.sampler` mean where they are 0: on CPUs, and on accelerators.
+SAMPLER_SIZES = {'min_slots': (1, 64), 'cache_block': (64, 512), 'prompt_block': (32, 256),
+                 'max_programs': (32, 12)}
 
 _ALGORITHM = ('name', 'pass_k', 'whiten_by', 'whiten_count', 'aggregation', 'aggregation_rows',
               'clip_low', 'clip_high', 'dual_clip', 'entropy_coef', 'kl_coef', 'kl_kind', 'kl_in',
@@ -108,11 +111,11 @@ def learner(c: ConfigDict, model: Any, mesh: Any, algorithm: Any, optimizer: Any
 
 def sampler(c: ConfigDict, model: Any, mesh: Any, tokenizer: Any) -> sampler_lib.Sampler:
   """The continuous batch of this model."""
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  sizes = {name: c.sampler[name] or usual[not on_cpu] for name, usual in SAMPLER_SIZES.items()}
   return sampler_lib.Sampler(
       model, mesh, pad_id=tokenizer.pad_id, stop_ids=tokenizer.stop_ids, slots=c.sampler.slots,
-      min_slots=c.sampler.min_slots, chunk=c.sampler.chunk, cache_block=c.sampler.cache_block,
-      prompt_block=c.sampler.prompt_block, max_programs=c.sampler.max_programs,
-      dtype=c.model.dtype, attention=c.model.attention,
+      chunk=c.sampler.chunk, **sizes, dtype=c.model.dtype, attention=c.model.attention,
       vocab=tokenizer.vocab_size, max_prompt_tokens=c.sampler.max_prompt_tokens,
       max_new_tokens=longest_response(c))
 
