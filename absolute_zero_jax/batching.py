@@ -92,9 +92,12 @@ class Programs:
     if len(known) < self.most or all((*shape, ahead) in known for shape in exact):
       return exact
     shapes = []
-    while prompts:
-      fitting = [(k[0], k[1]) for k in known if k[2] == ahead and k[0] <= prompts and k[1] >= size]
-      shapes.append(max(fitting, key=lambda s: (s[0], -s[1]), default=(1, self.prompt_sizes[-1])))
+    while prompts > 0:
+      fitting = [(k[0], k[1]) for k in known
+                 if k[2] == ahead and k[1] >= size and (padded or k[0] <= prompts)]
+      # As many prompts as one call can take, in as few slots.
+      shapes.append(max(fitting, key=lambda s: (min(s[0], prompts), -s[0] * s[1]),
+                        default=(1, self.prompt_sizes[-1])))
       prompts -= shapes[-1][0]
     return shapes
 

@@ -54,8 +54,9 @@ def _logprobs(prompt, ids):
   return np.asarray(jax.nn.log_softmax(logits_TV[at:at + len(ids)], -1))
 
 
-@pytest.mark.parametrize('platform, min_slots', [('gpu', 1), ('tpu', 4)])
-def test_the_way_of_accelerators_draws_the_same(monkeypatch, platform, min_slots):
+@pytest.mark.parametrize('platform, options', [
+    ('gpu', {}), ('gpu', {'max_programs': 2}), ('tpu', {'min_slots': 4})])
+def test_the_way_of_accelerators_draws_the_same(monkeypatch, platform, options):
   """Padded prefills, rows inserted at once, no branches: with shared prefixes, refills, growth."""
   common = _prompt(40, 1)
   requests = [sampler.Request(common + _prompt(n, n), samples=2, max_new_tokens=3 + n % 21)
@@ -63,13 +64,13 @@ def test_the_way_of_accelerators_draws_the_same(monkeypatch, platform, min_slots
   requests += [sampler.Request(_prompt(n, n), max_new_tokens=24) for n in (1, 2, 33, 70)]
   want = _shared_sampler().generate(_params(), requests, KEY)
   monkeypatch.setattr(batching, 'platform', lambda weights: platform)
-  ours = _sampler(min_slots=min_slots)
+  ours = _sampler(**options)
   got = ours.generate(_params(), requests, KEY)
   assert _ids(got) == _ids(want)
   for a, b in zip(sum(got, []), sum(want, [])):
     np.testing.assert_allclose(a.model_logprobs, b.model_logprobs, atol=2e-5)
   widths = {key[1] for key in ours._programs.compiled if key[0] == 'decode'}
-  assert (widths == {4}) == (min_slots == 4)
+  assert (widths == {4}) == ('min_slots' in options)
 
 
 def test_greedy_tokens_equal_those_of_transformers():
