@@ -316,7 +316,8 @@ class Run:
     out |= mean.result()
     out |= {f'time/{k}': v for k, v in timer.seconds.items() if k not in ('propose', 'solve')}
     out |= {f'sampler/{k}': v - before.get(k, 0) for k, v in after.items()}
-    out['sampler/occupancy'] = out['sampler/live_steps'] / max(out['sampler/slot_steps'], 1)
+    if out.get('sampler/slot_steps'):
+      out['sampler/occupancy'] = out['sampler/live_steps'] / out['sampler/slot_steps']
     out['sampler/tokens_per_s'] = out['sampler/tokens'] / max(timer.seconds['decode'], 1e-9)
     out['compilations'] = self.sampler.compilations() + self.learner.compilations()
     out |= {f'executor/{k}': v for k, v in self.executor.stats().items()}
