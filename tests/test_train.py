@@ -73,6 +73,13 @@ def test_the_second_iteration_compiles_nothing(uninterrupted):
   assert lines[1]['compilations'] == lines[0]['compilations']
 
 
+def test_each_iteration_reports_its_own_share_of_busy_slots(uninterrupted):
+  lines = [json.loads(x)
+           for x in (uninterrupted[0] / 'metrics.jsonl').read_text().splitlines()]
+  for x in lines:
+    assert 0.2 < x['sampler/occupancy'] == x['sampler/live_steps'] / x['sampler/slot_steps'] <= 1
+
+
 def test_weights_moved_and_the_export_holds_them(uninterrupted):
   from absolute_zero_jax.models import hf, loading
   workdir, _, finished = uninterrupted
