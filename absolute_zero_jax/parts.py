@@ -19,7 +19,8 @@ from absolute_zero_jax.models import decoder, hub, loading
 from absolute_zero_jax.tasks import composite, program
 
 ConfigDict = config_lib.ConfigDict
-# What fields of `config.sampler` mean where they are 0: on CPUs, and on accelerators.
+# What fields of `config.sampler` mean where they are 0: on CPUs, where they were measured, and on
+# accelerators, where they were chosen so that a few dozen programs suffice.
 SAMPLER_SIZES = {'min_slots': (1, 64), 'cache_block': (64, 512), 'prompt_block': (32, 256),
                  'max_programs': (32, 12)}
 

@@ -64,9 +64,12 @@ def _compare(flags) -> None:
     ours, *rest = (s.name for s in sides)
     ratios = ' '.join(
         f'{middle[x] / middle[ours]:8.2f} {cpu[x] / cpu[ours]:7.2f}' for x in rest)
-    limit = sides[0].ask(job | {'limit': True}) if sides[0].name == 'jax' else {'seconds': 0.0}
-    print(f'{B:4d} {speeds} {ratios} {B * flags.new / max(limit["seconds"], 1e-9):12.1f} '
-          f'{limit["seconds"] / middle[ours]:6.2f}   {limit.get("text", "")}', flush=True)
+    line = f'{B:4d} {speeds} {ratios} '
+    if ours == 'jax':                                          # only this side knows its limit
+      limit = sides[0].ask(job | {'limit': True})
+      line += (f'{B * flags.new / limit["seconds"]:12.1f} {limit["seconds"] / middle[ours]:6.2f}   '
+               f'{limit["text"]}')
+    print(line, flush=True)
   for side in sides:
     side.close()
 

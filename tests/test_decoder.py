@@ -129,6 +129,35 @@ def test_long_rows_give_the_gradient_of_unchunked_attention():
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.parametrize('queries, segments, packed', [
+    (20, [[1] * 20, [1] * 13 + [0] * 7], False),               # whole rows, padding behind
+    (20, [[1] * 8 + [2] * 12, [512] * 6 + [513] * 5 + [514] * 4 + [0] * 5], True),
+    (12, [[1] * 20, [0] * 5 + [1] * 15], True)])               # behind a prefix
+def test_what_cudnn_is_asked_for_is_the_attention_of_everywhere_else(monkeypatch, queries, segments,
+                                                                     packed):
+  """No cuDNN here: JAX's own attention answers the very question that cuDNN would be asked."""
+  asked = []
+  real = jax.nn.dot_product_attention
+
+  def answer(*args, implementation, **options):
+    asked.append((implementation, sorted(options)))
+    return real(*args, **options)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', answer)
+  r = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(r.standard_normal(shape), jnp.float32)
+             for shape in ((2, queries, 4, 8), (2, 2, 8, 20), (2, 2, 20, 8)))
+  segments = jnp.asarray(segments)
+  args = q, k, v, segments[:, 20 - queries:], segments
+  got, want = (np.asarray(attention.attend(*args, packed=packed, implementation=name))
+               for name in ('cudnn', 'xla'))
+  real_BT = np.asarray(segments[:, 20 - queries:]) > 0
+  np.testing.assert_allclose(got[real_BT], want[real_BT], atol=1e-5)
+  assert np.isfinite(got).all()
+  assert asked == [('cudnn', ['mask'] if packed else [
+      'is_causal', 'key_value_seq_lengths', 'query_seq_lengths'])]
+
+
 def test_scan_over_layers_equals_layers_one_by_one():
   params, tokens_BT = _params(SMALL), jnp.asarray(_tokens((2, 17)))
   positions = jnp.broadcast_to(jnp.arange(17)[None], (2, 17))
