@@ -113,7 +113,11 @@ def platform(weights: decoding.Weights) -> str:
 
 
 class Batch:
-  """The running batch of one `generate` call: slots, rings, and the prompts that wait."""
+  """The running batch of one `generate` call: slots, rings, and the prompts that wait.
+
+  Each shard of a mesh has an equal, consecutive part of the slots; a row stays in its shard
+  (`sharding.lone_shards`).
+  """
 
   def __init__(self, programs: Programs, params: decoder.Params, weights: decoding.Weights,
                rows: list[Row], slots: tuple[int, int], key: jax.Array, opts: sampling.Options,
@@ -123,9 +127,9 @@ class Batch:
     self.platform = platform(weights)
     self.queue = collections.deque(rows)
     self.fewest, self.most = slots
+    self.shards = sharding.lone_shards(programs.mesh)
     self.slots = [None] * self._width(len(rows))
-    self.prompts = Prompts(programs, params, [row.context for row in rows],
-                           padded=self.platform != 'cpu')
+    self.prompts = Prompts(programs, params, [row.context for row in rows], self.platform)
     self.cache, self.size, self.slot = None, 0, 0
 
   def busy(self) -> bool:
@@ -153,7 +157,8 @@ class Batch:
 
   def refill(self):
     """Moves waiting rows into free slots, once there are enough of them to be worth a prefill."""
-    free = [b for b, row in enumerate(self.slots) if row is None]
+    free = sorted((b for b, row in enumerate(self.slots) if row is None),
+                  key=lambda b: (b % (len(self.slots) // self.shards), b))    # shards in turn
     if not self.queue or len(free) < max(1, len(self.slots) // 8):
       return
     started = time.perf_counter()
@@ -162,6 +167,8 @@ class Batch:
     for b, row in taken:
       self.slots[b] = row
     self.fit(ring=max([insert.size for insert in inserts], default=0), narrow=False)
+    new = {id(row) for _, row in taken}
+    taken = [(b, row) for b, row in enumerate(self.slots) if id(row) in new]   # `fit` may move them
     for insert in inserts:
       found = [(b, *insert.rows[row.context]) for b, row in taken if row.context in insert.rows]
       self._insert(insert, found)
@@ -180,7 +187,7 @@ class Batch:
     need = max(ring, longest + min(p.chunk, most_left))
     width = len(self.slots)
     if narrow and not self.queue:
-      width = min(width, self._width(len(live)))
+      width = min(width, self._width(self.shards * max(self._live_of_shards())))
     if self.cache is not None and need <= self.size and width == len(self.slots):
       return
     # Room for one more block than needed, so that a ring is not copied after every chunk.
@@ -213,7 +220,7 @@ class Batch:
         np.int32(self.slot), decoding.Rows(*table), np.int32(steps), self.key, self.opts,
         self.allowed_V, self.stops_E, donate=(1,))
     chunk = jax.device_get(chunk)
-    ran = int(chunk.steps)
+    ran = int(chunk.steps.max())        # in a shard that stopped before no row is left
     self.slot = (self.slot + ran) % self.size
     p.stats.update(steps=ran, slot_steps=ran * len(self.slots),
                     live_steps=int(chunk.counts_B.sum()))
@@ -229,41 +236,54 @@ class Batch:
     rows = max(self.fewest, min(rows, self.most))
     return schedule.width(rows, sharding.row_shards(self.programs.mesh))
 
+  def _live_of_shards(self):
+    """Number of rows in the slots of each shard."""
+    live = np.array([row is not None for row in self.slots])
+    return live.reshape(self.shards, -1).sum(1).tolist()
+
   def _insert(self, insert, found):
     """Copies prefilled prompts into cache rows; `found` holds (slot, source, length)."""
     p = self.programs
-    count, B = len(found), len(self.slots)
-    table = np.zeros((3, B), np.int32)
-    table[:, :count] = np.array(found, np.int32).T
-    key = ('insert', B, self.size, insert.shape)
+    size = len(self.slots) // self.shards
+    counts, table = np.zeros(self.shards, np.int32), np.zeros((3, len(self.slots)), np.int32)
+    for slot, source, length in found:
+      shard, target = divmod(slot, size)
+      table[:, shard * size + counts[shard]] = target, source, length
+      counts[shard] += 1
+    key = ('insert', len(self.slots), self.size, insert.shape)
     function = functools.partial(decoding.insert, mesh=p.mesh, platform=self.platform)
-    args = np.int32(count), *table, np.int32(self.slot)
+    args = counts, *table, np.int32(self.slot)
     # On the devices once, not once for each layer.
-    args = (jax.device_put(args) if p.mesh is None
-            else sharding.place(args, sharding.replicated(p.mesh)))
+    if p.mesh is None:
+      args = jax.device_put(args)
+    else:
+      whole = sharding.replicated(p.mesh)
+      by_row = sharding.rows(p.mesh) if self.shards > 1 else whole
+      args = sharding.place(args, (*[by_row] * 4, whole))
     self.cache = tuple(
         p.call(key, function, k, v, insert.new, insert.prefix, np.int32(layer), *args,
                donate=(0, 1))
         for layer, (k, v) in enumerate(self.cache))
 
   def _resize(self, width, size):
-    """Keeps the live rows in rings of `size` slots; rows stay in order."""
+    """Keeps the live rows in rings of `size` slots; those of a shard stay in order."""
     p = self.programs
-    order = list(range(len(self.slots)))
-    if width != len(order):
-      live = [b for b in order if self.slots[b] is not None]
-      order = (live + [b for b in order if self.slots[b] is None])[:width]
-      order += [0] * (width - len(order))
+    old, new = len(self.slots) // self.shards, width // self.shards
+    slots, keep = [], []
+    for begin in range(0, len(self.slots), old):
+      own, order = self.slots[begin:begin + old], list(range(old))
+      if new != old:
+        order = sorted(order, key=lambda b: own[b] is None)[:new]
+      slots += [own[b] for b in order] + [None] * (new - len(order))
+      keep += order + [0] * (new - len(order))
     function = functools.partial(decoding.resize, size=size, mesh=p.mesh)
     resized = []
     for k, v in self.cache:
       resized.append(p.call(('resize', len(self.slots), self.size, width, size), function, k, v,
-                            np.array(order, np.int32), np.int32(self.slot)))
+                            np.array(keep, np.int32), np.int32(self.slot)))
       k.delete()
       v.delete()
-    slots = self.slots + [None] * (width - len(self.slots))
-    self.slots = [slots[b] if i < len(self.slots) else None for i, b in enumerate(order)]
-    self.cache = tuple(resized)
+    self.slots, self.cache = slots, tuple(resized)
     self.slot = min(self.size, size) % size
 
 
@@ -284,8 +304,11 @@ class _Insert:
 class Prompts:
   """Keys and values of prompts: computed once each, kept while a waiting row needs them."""
 
-  def __init__(self, programs, params, contexts, padded):
-    self.programs, self.params, self.padded = programs, params, padded
+  def __init__(self, programs, params, contexts, platform):
+    self.programs, self.params, self.padded = programs, params, platform != 'cpu'
+    # Devices of a CPU prefill everything each: one that waits for another takes up a thread that
+    # the other may need.
+    self.mesh = None if platform == 'cpu' else programs.mesh
     self.layout = layout(params)
     self.prefix_of = schedule.shared_prefixes(contexts, programs.prompt_sizes[0])
     self.prefixes: dict[tuple[int, ...], _Insert] = {}
@@ -346,7 +369,7 @@ class Prompts:
       segments_BT[b, where] = 1
     shape = count, size, ahead
     function = functools.partial(_prefill, p.config, dtype=p.dtype, attention=p.attention,
-                                 mesh=p.mesh)
+                                 mesh=self.mesh)
     seen_A = (np.arange(ahead) >= ahead - len(prefix)).astype(np.int32) if before else None
     new = p.call(('prefill', shape, self.layout), function, self.params, tokens_BT, positions_BT,
                  segments_BT, before.new if before else None, seen_A,

@@ -150,6 +150,11 @@ def get_config() -> ConfigDict:
   c.sampler.cache_block = 0
   c.sampler.prompt_block = 0
   c.sampler.max_programs = 0
+  # Shows a CPU to JAX as so many devices, which share the sampler's rows, while the mesh takes no
+  # more than its sizes ask for. Attention of a decode step runs on one thread of a device. Each
+  # holds and reads all weights, so this is for small models. -1 = as many as there are cores, of no
+  # fewer than 16 slots; 0 = whatever devices there are belong to the mesh, sampler or not.
+  c.sampler.cpu_devices = 0
   c.sampler.max_prompt_tokens = 6144
   c.sampler.max_propose_tokens = 8096
   c.sampler.max_solve_tokens = 8096

@@ -197,6 +197,7 @@ _CHECKS = {
     'sampler.cache_block': _at_least(0),
     'sampler.prompt_block': _at_least(0),
     'sampler.max_programs': _at_least(0),
+    'sampler.cpu_devices': ((lambda x: x >= -1), '0 or more, or -1 for one per core'),
     'sampler.max_prompt_tokens': _at_least(1),
     'sampler.max_propose_tokens': _at_least(1),
     'sampler.max_solve_tokens': _at_least(1),

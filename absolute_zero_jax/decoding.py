@@ -13,6 +13,9 @@ the ring means only its age, and a row of n tokens sees ages 0..n.
     slot  0  1  2  3  4  5  6  7      next write goes to slot 2; the row holds 4 tokens
     row   c  d  .  .  .  .  a  b      ages: d 1, c 2, b 3, a 4; older slots are masked
 
+Rows that a mesh splits never meet: each shard of them runs its own loop, without a collective, and
+what the host tells and asks a shard is one entry of an array [shards].
+
 Letters: as models/decoder.py; C tokens per chunk, E stop ids, P prompt slots, A prefix slots.
 """
 
@@ -54,7 +57,10 @@ class Rows(NamedTuple):
 
 
 class Chunk(NamedTuple):
-  """Up to C new tokens per row; row b drew the first `counts_B[b]`. `steps` columns were run."""
+  """Up to C new tokens per row; row b drew the first `counts_B[b]`.
+
+  Each shard of the rows ran its entry of `steps` columns.
+  """
   tokens_BC: jax.Array
   sampler_logprobs_BC: jax.Array
   model_logprobs_BC: jax.Array
@@ -113,17 +119,28 @@ def empty_cache(config: ModelConfig, width: int, size: int, dtype: Any,
 
 
 def insert(keys_BKHS: jax.Array, values_BKSH: jax.Array, new: tuple[jax.Array, jax.Array],
-           prefix: tuple[jax.Array, jax.Array] | None, layer: jax.Array, count: jax.Array,
+           prefix: tuple[jax.Array, jax.Array] | None, layer: jax.Array, counts: jax.Array,
            targets_B: jax.Array, sources_B: jax.Array, lengths_B: jax.Array, slot: jax.Array, *,
            mesh: Mesh | None, platform: str) -> tuple[jax.Array, jax.Array]:
-  """Fills `count` cache rows of one layer with prefilled prompts that end just before `slot`.
+  """Fills `counts` cache rows of one layer with prefilled prompts that end just before `slot`.
 
   Row `targets_B[i]` gets prompt `sources_B[i]` of `new` ([L, B, K, H, P] keys, [L, B, K, P, H]
   values), of which the first `lengths_B[i]` tokens count, behind `prefix` (one row, aligned to the
-  end of its A slots). S must be at least A + P. Row by row, but on a GPU all rows at once: there
-  the host is asked at every step of a loop whether it goes on.
+  end of its A slots). S must be at least A + P. Of a mesh, each shard has its own count and
+  targets, numbered from its first row. Row by row, but on a GPU all rows at once: there the host is
+  asked at every step of a loop whether it goes on.
   """
-  S = keys_BKHS.shape[3]
+  one = functools.partial(_insert, platform=platform)
+  by_row, whole = sharding.ROWS, sharding.WHOLE
+  filled = sharding.by_rows(one, mesh, (
+      by_row, by_row, whole, whole, whole, by_row, by_row, by_row, by_row, whole), by_row)(
+          keys_BKHS, values_BKSH, new, prefix, layer, counts, targets_B, sources_B, lengths_B, slot)
+  return _lay(filled[0], mesh), _lay(filled[1], mesh)
+
+
+def _insert(keys_BKHS, values_BKSH, new, prefix, layer, counts, targets_B, sources_B, lengths_B,
+            slot, *, platform):
+  S, count = keys_BKHS.shape[3], counts[0]
   pick = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
   new = [pick(x, layer) for x in new]
   before = None if prefix is None else [pick(x, layer)[0] for x in prefix]
@@ -158,45 +175,63 @@ def insert(keys_BKHS: jax.Array, values_BKSH: jax.Array, new: tuple[jax.Array, j
     return jnp.where(is_new_B[:, None, None, None], row.astype(old.dtype), old)
 
   if platform == 'gpu':
-    keys_BKHS, values_BKSH = (
+    return tuple(
         all_at_once(old, x, None if before is None else before[part], axis)
         for part, (old, x, axis) in enumerate(zip((keys_BKHS, values_BKSH), new, (3, 2))))
-  else:
-    keys_BKHS, values_BKSH = jax.lax.fori_loop(0, count, one, (keys_BKHS, values_BKSH))
-  return _lay(keys_BKHS, mesh), _lay(values_BKSH, mesh)
+  return jax.lax.fori_loop(0, count, one, (keys_BKHS, values_BKSH))
 
 
 def resize(keys_BKHS: jax.Array, values_BKSH: jax.Array, keep: jax.Array, slot: jax.Array, *,
            size: int, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
-  """Rows `keep` of one layer's cache in rings of `size` slots.
+  """Rows `keep` of one layer's cache in rings of `size` slots; a shard's, from its first row.
 
   The youngest min(S, size) entries survive; the next write goes to slot min(S, size) % size.
   """
   S = keys_BKHS.shape[3]
   kept = min(S, size)
 
-  def one(x, axis):
+  def one(x, keep, slot, axis):
     x = _roll(jnp.take(x, keep, axis=0), kept - slot, axis)
     x = jax.lax.slice_in_dim(x, 0, kept, axis=axis)
     pad = [(0, 0)] * 4
     pad[axis] = (0, size - kept)
-    return _lay(jnp.pad(x, pad), mesh)
+    return jnp.pad(x, pad)
 
-  return one(keys_BKHS, 3), one(values_BKSH, 2)
+  def resized(x, axis):
+    move = sharding.by_rows(functools.partial(one, axis=axis), mesh,
+                            (sharding.ROWS, sharding.ROWS, sharding.WHOLE), sharding.ROWS)
+    return _lay(move(x, keep, slot), mesh)
+
+  return resized(keys_BKHS, 3), resized(values_BKSH, 2)
 
 
 def decode(config: ModelConfig, w: Weights, cache: Cache, slot: jax.Array, rows: Rows,
            steps: jax.Array, key: jax.Array, opts: sampling.Options, allowed_V: jax.Array,
            stops_E: jax.Array, *, chunk: int, dtype: Any, mesh: Mesh | None,
            platform: str) -> tuple[Cache, Chunk]:
-  """Draws up to `steps` (at most `chunk`) tokens of every row, or until every row rests.
+  """Draws up to `steps` (at most `chunk`) tokens of every row, or until every row of a shard rests.
 
   Each step appends a row's last token to its ring and draws the next; token t of a row uses the
   key fold_in(fold_in(fold_in(key, stream), sample), t), so it depends on no neighbour.
   """
+  together = mesh if sharding.lone_shards(mesh) == 1 else None
+  one = functools.partial(_decode, config, chunk=chunk, dtype=dtype, mesh=together,
+                          fused=is_fused(mesh), platform=platform)
+  by_row, whole = sharding.ROWS, sharding.WHOLE
+  cache, out = sharding.by_rows(
+      one, mesh, (whole, by_row, whole, by_row, whole, whole, whole, whole, whole), by_row)(
+          w, cache, slot, rows, steps, key, opts, allowed_V, stops_E)
+  if mesh is not None and mesh.is_multi_process:           # every process reads all tokens
+    out = jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x, sharding.replicated(mesh)), out)
+  return tuple((_lay(k, mesh), _lay(v, mesh)) for k, v in cache), out
+
+
+def _decode(config, w, cache, slot, rows, steps, key, opts, allowed_V, stops_E, *, chunk, dtype,
+            mesh, fused, platform):
   B, S = cache[0][0].shape[0], cache[0][0].shape[3]
   on_cpu = platform == 'cpu'
-  block = decoder.Block(config, dtype, fused=is_fused(mesh), weights_first=on_cpu, mesh=mesh)
+  block = decoder.Block(config, dtype, fused=fused, weights_first=on_cpu)
   unembed_VD = w.embed_VD if w.unembed_VD is None else w.unembed_VD
   row_keys_B = jax.vmap(lambda stream, sample: jax.random.fold_in(
       jax.random.fold_in(key, stream), sample))(rows.streams_B, rows.samples_B)
@@ -218,8 +253,7 @@ def decode(config: ModelConfig, w: Weights, cache: Cache, slot: jax.Array, rows:
     logits_BV, cache = logits(cache, slot, rows)
     uniform_B2 = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t), (2,)))(
         row_keys_B, rows.drawn_B)
-    drawn = sampling.draw(logits_BV, allowed_V, uniform_B2, opts, platform=platform,
-                          grouped=sharding.row_shards(mesh) == 1)
+    drawn = sampling.draw(logits_BV, allowed_V, uniform_B2, opts, platform=platform)
     live_B = rows.left_B > 0
     stops_B = jnp.any(drawn.tokens_B[:, None] == stops_E[None], -1) & live_B
     tokens, sampler, model = (
@@ -237,10 +271,7 @@ def decode(config: ModelConfig, w: Weights, cache: Cache, slot: jax.Array, rows:
   _, cache, _, _, out = jax.lax.while_loop(
       lambda s: (s[0] < steps) & jnp.any(s[3].left_B > 0), step,
       (jnp.int32(0), cache, slot, rows, out))
-  if mesh is not None:           # every process reads all tokens
-    out = jax.tree.map(
-        lambda x: jax.lax.with_sharding_constraint(x, sharding.replicated(mesh)), out)
-  return tuple((_lay(k, mesh), _lay(v, mesh)) for k, v in cache), out
+  return cache, out._replace(steps=out.steps[None])
 
 
 def _roll(x, shift, axis):

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from absolute_zero_jax import config as config_lib
-from absolute_zero_jax import grammar, metrics, parts, selfplay, sharding
+from absolute_zero_jax import grammar, metrics, parts, selfplay
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax.tasks import program
 from absolute_zero_jax.tasks import prompts as prompts_lib
@@ -73,7 +73,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
 
 def _loaded(c, tools, console) -> list[dict[str, Any]]:
   """The items of `model.name`."""
-  mesh = sharding.make_mesh(**c.mesh.to_dict())
+  mesh = parts.mesh(c)
   model, params, source = parts.model(c, jax.random.key(c.seed), mesh)
   tokenizer = parts.tokenizer(c, source)
   tokenizer.check(model.vocab)

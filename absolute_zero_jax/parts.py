@@ -2,6 +2,8 @@
 """Where the names of a config become the objects of a run; each function reads its own sections."""
 
 from collections.abc import Sequence
+import contextlib
+import math
 import os
 import pathlib
 from typing import Any
@@ -110,9 +112,35 @@ def learner(c: ConfigDict, model: Any, mesh: Any, algorithm: Any, optimizer: Any
       materialize=lora.attaching(alpha=c.lora.alpha) if c.lora.rank else None)
 
 
+def mesh(c: ConfigDict) -> Any:
+  """The mesh of `config.mesh`; with `sampler.cpu_devices` on a CPU, over no more than it needs.
+
+  To be called before anything makes JAX look for devices: later it cannot show more of them.
+  """
+  count, sizes = _cpu_devices(c), c.mesh.to_dict()
+  chosen = (jax.config.jax_num_cpu_devices >= 0
+            or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''))
+  if count > 1 and not chosen:
+    with contextlib.suppress(RuntimeError):        # JAX has looked already
+      jax.config.update('jax_num_cpu_devices', count)
+  devices = jax.devices()
+  if count and devices[0].platform == 'cpu':
+    devices = devices[:math.prod(size for size in sizes.values() if size != -1)]
+  return sharding.make_mesh(**sizes, devices=devices)
+
+
+def _cpu_devices(c):
+  if c.sampler.cpu_devices >= 0:
+    return c.sampler.cpu_devices
+  return max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+                    else os.cpu_count() or 1, c.sampler.slots // 16))
+
+
 def sampler(c: ConfigDict, model: Any, mesh: Any, tokenizer: Any) -> sampler_lib.Sampler:
-  """The continuous batch of this model."""
-  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  """The continuous batch of this model; see `sampler.cpu_devices` for its devices."""
+  on_cpu, count = mesh.devices.flat[0].platform == 'cpu', _cpu_devices(c)
+  if on_cpu and count and mesh.size == 1:
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:count])
   sizes = {name: c.sampler[name] or usual[not on_cpu] for name, usual in SAMPLER_SIZES.items()}
   return sampler_lib.Sampler(
       model, mesh, pad_id=tokenizer.pad_id, stop_ids=tokenizer.stop_ids, slots=c.sampler.slots,

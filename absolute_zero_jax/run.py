@@ -96,7 +96,7 @@ class Run:
     self.executor = self._closers.enter_context(contextlib.closing(parts.executor(c)))
     self._say(f'executor: {self.executor.isolation}')
 
-    self.mesh = sharding.make_mesh(**c.mesh.to_dict())
+    self.mesh = parts.mesh(c)
     self.key = jax.random.key(c.seed)
     self.model, params, self.source = (parts.model(c, self.key, self.mesh) if fresh
                                        else parts.model_without_parameters(c))

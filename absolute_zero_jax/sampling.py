@@ -59,7 +59,7 @@ def options(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
 
 
 def draw(logits_BV: jax.Array, allowed_V: jax.Array, uniform_B2: jax.Array, opts: Options, *,
-         platform: str = 'cpu', grouped: bool = True) -> Draw:
+         platform: str = 'cpu') -> Draw:
   """Draws a token of each row by two uniform numbers in [0, 1).
 
   Tokens outside `allowed_V` (padding ids) are never drawn. Truncation is applied in the order of
@@ -71,14 +71,13 @@ def draw(logits_BV: jax.Array, allowed_V: jax.Array, uniform_B2: jax.Array, opts
   Args:
     platform: that of the devices. 'cpu' works on a few rows at a time, for a core's caches; 'gpu'
       has no branch for greedy drawing, whose condition the host would be asked for at every step.
-    grouped: False forbids the loop over rows, where these are split over devices.
   """
   B, V = logits_BV.shape
   pad = -V % _BLOCK
   if pad:
     logits_BV = jnp.pad(logits_BV, ((0, 0), (0, pad)), constant_values=-jnp.inf)
     allowed_V = jnp.pad(allowed_V, (0, pad))
-  if platform != 'cpu' or not grouped or B <= _GROUP or B % _GROUP:
+  if platform != 'cpu' or B <= _GROUP or B % _GROUP:
     return _draw(logits_BV, allowed_V, uniform_B2, opts, platform)
   logits_IJV = logits_BV.reshape(B // _GROUP, _GROUP, V + pad)
   uniform_IJ2 = uniform_B2.reshape(B // _GROUP, _GROUP, 2)

@@ -7,7 +7,7 @@ Mesh axes: `data` replicates the weights and splits the rows, `fsdp` splits both
 heads, feed-forward width and vocabulary. A mesh of one device uses the same code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import math
 from typing import Any
@@ -31,6 +31,8 @@ RULES = {
     'norm': None,
     'layers': None,
 }
+
+ROWS, WHOLE = P(RULES['batch']), P()
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
@@ -95,6 +97,24 @@ def rows(mesh: Mesh, ndim: int = 1) -> NamedSharding:
 def row_shards(mesh: Mesh | None) -> int:
   """Into how many parts a batch is split; its size must be a multiple. 1 without a mesh."""
   return 1 if mesh is None else mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def lone_shards(mesh: Mesh | None) -> int:
+  """How many shards of the rows `by_rows` runs by themselves; 1 where it leaves them together."""
+  return 1 if mesh is None or mesh.shape['tensor'] > 1 else row_shards(mesh)
+
+
+def by_rows(function: Callable[..., Any], mesh: Mesh | None, inputs: tuple[P, ...],
+            outputs: P) -> Callable[..., Any]:
+  """Inside jit: `function` on each shard of the rows for itself, so that none waits for another.
+
+  `inputs` says of each argument whether a shard sees its part of the first dimension (`ROWS`) or
+  everything (`WHOLE`). Where a tensor axis splits the layers, shards have to keep step, and the
+  function sees all rows.
+  """
+  if lone_shards(mesh) == 1:
+    return function
+  return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
 def place(tree: Any, target: Any) -> Any:

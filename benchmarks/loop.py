@@ -4,6 +4,7 @@
   python benchmarks/loop.py                                 # the carried model, two CPU cores
   python benchmarks/loop.py --config configs/smollm2.py --iterations 2
   python benchmarks/loop.py --batch 32 --ways overlapped    # 96 proposals an iteration
+  python benchmarks/loop.py --ways 'overlapped,one device' --model carried:tiny_played
 
 Each way is a run of its own from the same seed; their iterations are interleaved A B C A B C, and
 the first one of each, which compiles, is left out. Reported are medians of the seconds per phase,
@@ -31,6 +32,8 @@ WAYS = {
     'overlapped': {'selfplay.overlap': 2},
     'one play behind': {'selfplay.overlap': 0} | _BEHIND,
     'both': {'selfplay.overlap': 2} | _BEHIND,
+    # The CPU as one device; the way before it in --ways decides how many JAX sees.
+    'one device': {'selfplay.overlap': 2, 'sampler.cpu_devices': 1},
 }
 PHASES = ('decode', 'wait', 'reward', 'update', 'metrics', 'iteration')
 
@@ -40,14 +43,16 @@ def main() -> None:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', default='configs/tiny.py')
   parser.add_argument('--iterations', type=int, default=5, help='measured, of each way')
-  parser.add_argument('--ways', default=','.join(WAYS), help='comma-separated')
+  parser.add_argument('--ways', default='in turn,overlapped,one play behind,both',
+                      help=f'comma-separated; all: {", ".join(WAYS)}')
+  parser.add_argument('--model', default='', help="model.name; default: the config's")
   parser.add_argument('--batch', type=int, default=0, help="selfplay.batch; 0 = the config's")
   args = parser.parse_args()
   ways = {name: WAYS[name] for name in args.ways.split(',')}
   parts.use_compilation_cache()
   rows = {name: [] for name in ways}
   with contextlib.ExitStack() as stack:
-    runs = {name: stack.enter_context(run.Run(_config(args.config, args.batch, changes)))
+    runs = {name: stack.enter_context(run.Run(_config(args, changes)))
             for name, changes in ways.items()}
     rates = []
     for i in range(args.iterations + 1):
@@ -84,13 +89,14 @@ def _matmul_rate(dtype, size: int = 1024) -> float:
   return 2 * size**3 / min(times)
 
 
-def _config(path: str, batch: int, changes: dict):
-  spec = importlib.util.spec_from_file_location('benched', path)
+def _config(args: argparse.Namespace, changes: dict):
+  spec = importlib.util.spec_from_file_location('benched', args.config)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   c = module.get_config()
   c.heldout.every_steps = 0
-  c.selfplay.batch = batch or c.selfplay.batch
+  c.selfplay.batch = args.batch or c.selfplay.batch
+  c.model.name = args.model or c.model.name
   c.update_from_flattened_dict(changes)
   return c
 

@@ -9,7 +9,7 @@ import pytest
 from absolute_zero_jax import sampling
 
 _DRAWS = 20_000
-_draw = jax.jit(sampling.draw, static_argnames=('platform', 'grouped'))
+_draw = jax.jit(sampling.draw, static_argnames=('platform',))
 
 
 def _exact(logits_V, allowed_V, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -77,7 +77,7 @@ def test_kept_sets_equal_sorting_over_many_rows():
   allowed_V = np.ones(640, bool)
   for options in ({'top_p': 0.95}, {'top_k': 50}, {'top_k': 50, 'top_p': 0.5}, {'top_p': 0.01},
                   {'top_p': 0.9999}, {'min_p': 1.0}, {'top_k': 1}, {'top_k': 640}, {'top_k': 9999}):
-    for where in ({}, {'grouped': False}, {'platform': 'gpu'}):
+    for where in ({}, {'platform': 'gpu'}):
       drawn = _draw(logits_BV, allowed_V, r.random((64, 2), np.float32),
                     sampling.options(**options), **where)
       for b in range(64):

@@ -2,7 +2,11 @@
 """Eight devices give the numbers of one, with the layouts and collectives that were asked for."""
 
 import functools
+import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -85,14 +89,15 @@ def test_eight_devices_give_the_loss_and_gradient_of_one(sizes):
   assert not whole, 'an activation of all rows lives on one device'
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2)], ids=str)
-def test_the_sampler_gives_the_same_tokens_on_eight_devices(sizes):
-  requests = [sampler.Request(tuple(_TOKENS[i, :n].tolist()), samples=2, max_new_tokens=m)
-              for i, (n, m) in enumerate(((3, 12), (20, 5), (1, 12), (9, 7)))]
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 2, 1), (2, 2, 2)], ids=str)
+def test_the_sampler_gives_the_same_tokens_on_several_devices(sizes):
+  # Rows that wait, rows that end early in one shard only, a batch that narrows.
+  requests = [sampler.Request(tuple(_TOKENS[i, :n].tolist()), samples=k, max_new_tokens=m)
+              for i, (n, m, k) in enumerate(((3, 12, 3), (20, 5, 2), (1, 12, 1), (9, 2, 4)))]
   options = dict(pad_id=0, stop_ids=[7], slots=4, chunk=4, cache_block=16, max_prompt_tokens=32,
                  max_new_tokens=12)
   want = sampler.Sampler(CONFIG, **options).generate(_params(), requests, jax.random.key(0))
-  mesh = sharding.make_mesh(*sizes)
+  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:math.prod(sizes)])
   ours = sampler.Sampler(CONFIG, mesh, **options)
   for params in (_placed(mesh)[0], _params()):         # placed by us, and not placed at all
     got = ours.generate(params, requests, jax.random.key(0), top_p=1.0)
@@ -104,6 +109,53 @@ def test_the_sampler_gives_the_same_tokens_on_eight_devices(sizes):
   shard = weights.layers[0]['down'].addressable_shards[0].data.shape
   # Whole over fsdp, split over tensor; whole ones are stored [outputs, inputs].
   assert shard == ((32, 48) if sizes[2] == 1 else (48 // sizes[2], 32))
+
+
+def test_rows_decode_without_waiting_for_another_device():
+  mesh = sharding.make_mesh(devices=jax.devices()[:2])
+  ours = sampler.Sampler(CONFIG, mesh, pad_id=0, stop_ids=[7], slots=4, chunk=4, cache_block=16,
+                         max_prompt_tokens=32, max_new_tokens=12)
+  requests = [sampler.Request((1, 2, 3), samples=6), sampler.Request((1, 2, 4), max_new_tokens=2)]
+  ours.generate(_params(), requests, jax.random.key(0))
+  programs = ours._programs.compiled
+  assert {key[0] for key in programs} == {'weights', 'cache', 'prefill', 'insert', 'decode',
+                                          'resize'}
+  for key, program in programs.items():
+    found = re.findall('all-reduce|all-gather|all-to-all|collective|reduce-scatter',
+                       program.as_text())
+    assert not found, (key, found)
+
+
+_SHOWN = """
+from absolute_zero_jax import config, parts
+c = config.get_config()
+c.update_from_flattened_dict(CHANGES)
+mesh = parts.mesh(c)
+tokenizer = type('Tokenizer', (), {'pad_id': 0, 'stop_ids': (1,), 'vocab_size': 64})
+model = parts.loading.random_config(config.shrink(config.get_config()).model.name)
+rows = parts.sampler(c, model, mesh, tokenizer).mesh
+import jax
+print(jax.device_count(), mesh.size, rows.size, rows.shape['data'])
+"""
+
+
+@pytest.mark.parametrize('changes, flags, shown', [
+    ({}, '', '1 1 1 1'),
+    ({'sampler.cpu_devices': 3}, '', '3 1 3 3'),
+    ({'sampler.cpu_devices': -1, 'sampler.slots': 31}, '', '1 1 1 1'),    # 16 slots each
+    ({'sampler.cpu_devices': 2, 'mesh.data': 1}, '', '2 1 2 2'),
+    # Who chose the devices, or a mesh over all of them, keeps them.
+    ({'sampler.cpu_devices': 3}, '--xla_force_host_platform_device_count=2', '2 1 2 2'),
+    ({}, '--xla_force_host_platform_device_count=4', '4 4 4 4'),
+    ({'sampler.cpu_devices': 1}, '--xla_force_host_platform_device_count=4', '4 1 1 1'),
+    ({'sampler.cpu_devices': 2, 'mesh.data': 4}, '--xla_force_host_platform_device_count=4',
+     '4 4 4 4'),
+], ids=str)
+def test_a_cpu_shows_the_devices_that_the_config_asks_for(changes, flags, shown):
+  env = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run([sys.executable, '-c', _SHOWN.replace('CHANGES', repr(changes))], env=env,
+                        capture_output=True, text=True, check=False)
+  assert done.stdout.split() == shown.split(), done.stderr
 
 
 def test_meshes_that_do_not_fit_are_refused():
