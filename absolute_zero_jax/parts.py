@@ -17,6 +17,7 @@ from absolute_zero_jax import executor as executor_lib
 from absolute_zero_jax import learner as learner_lib
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax import tokenizer as tokenizer_lib
+from absolute_zero_jax.executor import client
 from absolute_zero_jax.models import decoder, hub, loading
 from absolute_zero_jax.tasks import composite, program
 
@@ -132,8 +133,7 @@ def mesh(c: ConfigDict) -> Any:
 def _cpu_devices(c):
   if c.sampler.cpu_devices >= 0:
     return c.sampler.cpu_devices
-  return max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
-                    else os.cpu_count() or 1, c.sampler.slots // 16))
+  return max(1, min(client.usable_cores(), c.sampler.slots // 16))
 
 
 def sampler(c: ConfigDict, model: Any, mesh: Any, tokenizer: Any) -> sampler_lib.Sampler:

@@ -20,6 +20,8 @@ def get_config(arg=None):
   c.selfplay.prompts = 'tiny'
   c.selfplay.induction_cases = 6
   c.sampler.slots = 128
+  c.sampler.min_slots = 16
+  c.sampler.cpu_devices = -1
   c.sampler.max_prompt_tokens = 256
   c.sampler.max_solve_tokens = 256
   return c

@@ -16,10 +16,14 @@ MAX_TIMEOUT_S = 60.0
 _LAYERS = ('namespaces', 'user', 'landlock', 'seccomp')
 
 
+def usable_cores() -> int:
+  """Cores that this process may run on."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 2
+
+
 def auto_workers() -> int:
   """Worker processes for this host: its usable cores, even, between 2 and 32."""
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 2
-  return max(2, min(32, cores // 2 * 2))
+  return max(2, min(32, usable_cores() // 2 * 2))
 
 
 class Executor:
