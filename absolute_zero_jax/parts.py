@@ -43,6 +43,19 @@ def use_compilation_cache(path: str | os.PathLike = '') -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
+def show_cpu_devices(c: ConfigDict) -> None:
+  """Has JAX split the CPU as `sampler.cpu_devices` says; for programs that begin with this config.
+
+  Without effect once JAX has looked for devices (orbax makes it), or where the environment says how
+  many there are.
+  """
+  chosen = (jax.config.jax_num_cpu_devices >= 0
+            or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''))
+  if _cpu_devices(c) > 1 and not chosen:
+    with contextlib.suppress(RuntimeError):        # JAX has looked
+      jax.config.update('jax_num_cpu_devices', _cpu_devices(c))
+
+
 def kinds(c: ConfigDict, names: Sequence[str] = ()) -> list[tasks.Kind]:
   """The task kinds, each made with those of `selfplay.kind_options` that it knows.
 
@@ -114,18 +127,10 @@ def learner(c: ConfigDict, model: Any, mesh: Any, algorithm: Any, optimizer: Any
 
 
 def mesh(c: ConfigDict) -> Any:
-  """The mesh of `config.mesh`; with `sampler.cpu_devices` on a CPU, over no more than it needs.
-
-  To be called before anything makes JAX look for devices: later it cannot show more of them.
-  """
-  count, sizes = _cpu_devices(c), c.mesh.to_dict()
-  chosen = (jax.config.jax_num_cpu_devices >= 0
-            or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''))
-  if count > 1 and not chosen:
-    with contextlib.suppress(RuntimeError):        # JAX has looked already
-      jax.config.update('jax_num_cpu_devices', count)
-  devices = jax.devices()
-  if count and devices[0].platform == 'cpu':
+  """The mesh of `config.mesh`; with `sampler.cpu_devices` on a CPU, over no more than it needs."""
+  show_cpu_devices(c)
+  devices, sizes = jax.devices(), c.mesh.to_dict()
+  if _cpu_devices(c) and devices[0].platform == 'cpu':
     devices = devices[:math.prod(size for size in sizes.values() if size != -1)]
   return sharding.make_mesh(**sizes, devices=devices)
 

@@ -42,6 +42,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   console = metrics.Console(stream)
   budget = _Budget(c.train.minutes)
   parts.use_compilation_cache()
+  parts.show_cpu_devices(c)
   with contextlib.ExitStack() as stack:
     checkpoints = checkpoint.Checkpoints(workdir, keep=c.checkpoint.keep)
     stack.callback(checkpoints.close)

@@ -158,6 +158,24 @@ def test_a_cpu_shows_the_devices_that_the_config_asks_for(changes, flags, shown)
   assert done.stdout.split() == shown.split(), done.stderr
 
 
+@pytest.mark.parametrize('command', ['train', 'evaluate'])
+def test_a_command_shows_them_before_anything_looks(command, tmp_path):
+  code = f"""
+import jax
+from absolute_zero_jax import config, {command}, parts
+def stop(*_):
+  raise SystemExit(jax.device_count())
+parts.model = stop
+c = config.shrink(config.get_config())
+c.sampler.cpu_devices = 3
+{command}.run(c, {str(tmp_path)!r})
+"""
+  env = os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True,
+                        check=False)
+  assert done.returncode == 3, done.stderr
+
+
 def test_meshes_that_do_not_fit_are_refused():
   assert dict(sharding.make_mesh().shape) == {'data': 8, 'fsdp': 1, 'tensor': 1}
   assert dict(sharding.make_mesh(data=2, fsdp=-1).shape) == {'data': 2, 'fsdp': 4, 'tensor': 1}
