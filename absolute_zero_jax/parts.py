@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,9 @@ def sampler(c: ConfigDict, model: Any, mesh: Any, tokenizer: Any) -> sampler_lib
   on_cpu, count = mesh.devices.flat[0].platform == 'cpu', _cpu_devices(c)
   if on_cpu and count and mesh.size == 1:
     mesh = sharding.make_mesh(devices=jax.local_devices()[:count])
+    if mesh.size < count:
+      warnings.warn(f'sampler.cpu_devices asks for {count} devices and JAX shows {mesh.size}: it '
+                    f'had looked for them before. Set JAX_NUM_CPU_DEVICES={count}.', stacklevel=2)
   sizes = {name: c.sampler[name] or usual[not on_cpu] for name, usual in SAMPLER_SIZES.items()}
   return sampler_lib.Sampler(
       model, mesh, pad_id=tokenizer.pad_id, stop_ids=tokenizer.stop_ids, slots=c.sampler.slots,

@@ -156,6 +156,8 @@ def test_a_cpu_shows_the_devices_that_the_config_asks_for(changes, flags, shown)
   done = subprocess.run([sys.executable, '-c', _SHOWN.replace('CHANGES', repr(changes))], env=env,
                         capture_output=True, text=True, check=False)
   assert done.stdout.split() == shown.split(), done.stderr
+  fewer = changes.get('sampler.cpu_devices', 0) > int(shown[0])
+  assert ('JAX_NUM_CPU_DEVICES=3' in done.stderr) == fewer
 
 
 @pytest.mark.parametrize('command', ['train', 'evaluate'])
