@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 import scripted
@@ -32,7 +31,6 @@ CONTROLS = tuple(_file().CONTROLS)
 def play(tmp_path_factory):
   """play(control) -> two iterations of the config with a scripted sampler, without updates."""
   prompts = scripted.prompt_folder(tmp_path_factory.mktemp('prompts') / 'set')
-  mesh = run.sharding.make_mesh(devices=jax.devices()[:1])
 
   @functools.cache
   def of(control):
@@ -52,7 +50,6 @@ def play(tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(parts.sampler_lib, 'Sampler', scripted.Sampler)
-    patch.setattr(run.sharding, 'make_mesh', lambda **sizes: mesh)
     yield of
 
 
