@@ -48,7 +48,6 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
   console = metrics.Console(stream)
   parts.use_compilation_cache()
-  parts.show_cpu_devices(c)
   prompts = prompts_lib.load(c.selfplay.prompts, c.selfplay.wrapper, c.selfplay.format_rule)
   with contextlib.closing(parts.executor(c)) as executor:
     tools = selfplay.Tools(kinds=(), tokenizer=None, sample=None, submit=executor.submit,
