@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trusted rules, driven with reports written by hand: no process is started here."""
 
+import ast
+import gc
 import json
 import socket
 import struct
@@ -266,6 +268,16 @@ def test_outcomes_are_remembered_but_not_those_of_a_shorter_limit():
   assert verify.Trial(Job('run', _F, ('1', '2'), ('1', '2')), rules, cache).verdict.runs[0].matches
   assert cache.hits == 2
   assert verify.Trial(Job('run', _F, ('2',), timeout_s=9.0), rules, cache).verdict is None
+
+
+def test_a_remembered_refusal_keeps_nothing_of_the_program_alive():
+  cache, rules = verify.Cache(10), verify.Rules()
+  program = 'def f(of_a_refused_program):\n  return eval("1")'
+  refusals = [verify.Trial(Job('run', program, ('1',)), rules, cache).verdict for _ in range(3)]
+  assert {(v.status, v.error) for v in refusals} == {(Status.REJECTED, 'name eval')}
+  gc.collect()
+  assert not [o for o in gc.get_objects()
+              if isinstance(o, ast.arg) and o.arg == 'of_a_refused_program']
 
 
 def test_a_validated_gold_is_remembered():

@@ -144,10 +144,10 @@ class Trial:
         found = policy.gate(self._job.program, modules=self._rules.modules, digest=digest,
                             enforce=self._rules.enforce_policy)
       except policy.PolicyError as e:
-        found = e
+        found = str(e)       # the exception itself would keep the whole syntax tree
       self._cache.put(key, found)
-    if isinstance(found, policy.PolicyError):
-      raise found
+    if isinstance(found, str):
+      raise policy.PolicyError(found)
     self._program, self._key = found.source, found.digest
 
   def _limit_s(self) -> float:
