@@ -6,19 +6,21 @@ The import itself loads no JAX: the executor's processes import this package too
 """
 
 import importlib
-import pkgutil
 
 __version__ = '0.1.0'
 
-_MODULES = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
+
+def _modules() -> list[str]:
+  import pkgutil           # here, because it loads two megabytes, which the executor must not hold
+  return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
 def __getattr__(name: str):
-  if name in _MODULES:
+  if name in _modules():
     return importlib.import_module(f'{__name__}.{name}')
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}; it has '
-                       f'{", ".join(_MODULES)}.')
+                       f'{", ".join(_modules())}.')
 
 
 def __dir__():
-  return [*_MODULES, '__version__']
+  return [*_modules(), '__version__']

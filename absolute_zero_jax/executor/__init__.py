@@ -10,7 +10,7 @@
   verify      the rules: job -> units of work -> verdict; golds, equality, determinism; `reports`
               reads what children write
   zygote      warm process that forks one child per program; `child` runs it behind the `fence`;
-              `memory` makes forks cheap
+              `memory` and `shelf` make forks cheap
   values      plain values, their wire form and their equality; `literals` parses model-written text
   policy      the static gate on programs
 

@@ -24,11 +24,11 @@ import time
 RECORD = struct.Struct('<cxxxII')
 # op, slot, status, user s, system s, max RSS KiB, minor faults
 REPLY = struct.Struct('<cxxxIiddII')
-# What programs may import must be in memory: a fenced process opens no file. These modules are
-# imported late by others. Nothing more: each megabyte held here adds a tenth of a millisecond to
-# every program.
-_NEEDED = '''collections.abc contextlib copyreg html.entities stringprep types warnings
-  weakref'''.split()
+# Loaded at once: what the interpreter itself imports late, and what programs import most. The rest
+# of what they may import waits on the shelf, since each megabyte held here adds a tenth of a
+# millisecond to every program.
+_LOADED = '''collections collections.abc contextlib copyreg functools heapq itertools math re string
+  types typing warnings weakref'''.split()
 
 
 def main(options: dict) -> None:
@@ -87,30 +87,25 @@ def _be_modest(options: dict) -> None:
 
 
 def _preload(modules: list[str]) -> None:
+  """Makes `modules` and all codecs importable: a fenced process opens no file."""
+  from absolute_zero_jax.executor import shelf
   # Modules register at-fork hooks (threading: 130 page faults in every child) that only matter to
   # processes with threads; this one never has any.
   register, os.register_at_fork = os.register_at_fork, lambda **hooks: None
   try:
-    _load_codecs()
-    for name in [*_NEEDED, *modules]:
-      try:
-        __import__(name)
-      except ImportError:
-        pass      # of another version or system
+    for name in _LOADED:
+      __import__(name)
+    shelf.stock([*modules, *_codecs()])
   finally:
     os.register_at_fork = register
 
 
-def _load_codecs() -> None:
-  """Codecs are found by name at run time: 'abc'.encode('shift_jis')."""
-  import codecs
+def _codecs() -> list[str]:
+  """Modules of the codecs, which are found by name at run time: 'abc'.encode('shift_jis')."""
   from encodings import aliases
-  for name in {*aliases.aliases.values(), 'idna', 'punycode', 'unicode_escape',
-               'raw_unicode_escape', 'undefined', 'utf_8_sig', 'rot_13'} - {'bz2_codec'}:
-    try:
-      codecs.lookup(name)
-    except LookupError:
-      pass      # a codec of another system, e.g. mbcs
+  names = {*aliases.aliases.values(), 'idna', 'punycode', 'unicode_escape', 'raw_unicode_escape',
+           'undefined', 'utf_8_sig', 'rot_13'} - {'bz2_codec'}
+  return [f'encodings.{name}' for name in sorted(names)]
 
 
 def _enclose(fence, options: dict) -> dict:
