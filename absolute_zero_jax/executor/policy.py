@@ -108,7 +108,10 @@ def parse(source: str) -> ast.Module:
 
 def normal_digest(tree: ast.Module) -> str:
   """SHA-256 of the normal form; comments, layout and docstrings do not enter. Changes `tree`."""
-  for node in ast.walk(tree):
+  blocks = [tree]
+  for node in blocks:      # grows; only these hold statements
+    blocks += [s for name in ('body', 'orelse', 'finalbody', 'handlers', 'cases')
+               for s in getattr(node, name, ()) if hasattr(s, 'body')]
     if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
       body = node.body
       if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
