@@ -11,7 +11,8 @@ __version__ = '0.1.0'
 
 
 def _modules() -> list[str]:
-  import pkgutil           # here, because it loads two megabytes, which the executor must not hold
+  # Here, because it loads two megabytes, which the executor's processes must not hold.
+  import pkgutil
   return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 

@@ -26,7 +26,7 @@ from absolute_zero_jax.run import Run
 FREE_FIELDS = ('train', 'log', 'checkpoint', 'mesh', 'executor.workers',
                'executor.min_isolation', 'sampler.slots', 'sampler.min_slots', 'sampler.chunk',
                'sampler.cache_block', 'sampler.prompt_block', 'sampler.max_programs',
-               'model.remat', 'model.attention')
+               'sampler.cpu_devices', 'model.remat', 'model.attention')
 
 
 def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) -> Run:

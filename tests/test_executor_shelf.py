@@ -78,12 +78,12 @@ def test_the_shelf_needs_no_file_and_loads_nothing_but_what_is_written_in_c():
 
 
 def test_a_zygote_leaves_large_modules_on_the_shelf():
-  code = textwrap.dedent('''\
+  code = textwrap.dedent(f'''\
       import sys
+      sys.path.insert(0, {_ROOT!r})
       from absolute_zero_jax.executor import zygote
       zygote._preload(['dataclasses', 'html'])
-      assert not {'inspect', 'html', 'pkgutil', 'encodings.cp500'} & set(sys.modules)
-      assert {'typing', 'collections', 're'} <= set(sys.modules)
+      assert not {{'inspect', 'html', 'pkgutil', 'encodings.cp500'}} & set(sys.modules)
+      assert {{'typing', 'collections', 're'}} <= set(sys.modules)
       ''')
-  subprocess.run([sys.executable, '-S', '-c', f'import sys; sys.path.insert(0, {_ROOT!r})\n' + code],
-                 check=True)
+  subprocess.run([sys.executable, '-S', '-c', code], check=True)

@@ -65,7 +65,7 @@ def stock(names: list[str]) -> None:
 
 
 def _survey(names):
-  """What importing `names` adds to `sys.modules`: (is a package, code), or None if it is no Python."""
+  """What importing `names` adds to `sys.modules`: (is a package, code), None where written in C."""
   before = set(sys.modules)
   for name in names:
     try:
