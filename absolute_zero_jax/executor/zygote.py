@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The warm process that forks one fenced child per program, and knows nothing else.
 
-It imports what programs may import, fences itself, and serves records on its control socket:
+It loads or shelves what programs may import, fences itself, and serves records on its socket:
 
   b'F' slot          fork a child for `slot`; its end of the job socket comes along (SCM_RIGHTS)
   b'R' slot          kill and reap the child of `slot`            -> (b'R', slot, status, usage)
