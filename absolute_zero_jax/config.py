@@ -325,27 +325,22 @@ def apply_preset(c: ConfigDict, name: str) -> ConfigDict:
   """Sets the fields of a preset in `c` and returns it; unknown names raise."""
   if name not in PRESETS:
     raise ConfigError(f'preset={name!r} is unknown; allowed: {", ".join(PRESETS)}.')
-  for field, value in PRESETS[name].items():
-    section, _, key = field.rpartition('.')
-    value = ConfigDict(value) if isinstance(value, dict) else value
-    config_checks.get_field(c, section)[key] = value
+  _set(c, PRESETS[name])
   c.preset = name
   return c
 
 
 def shrink(c: ConfigDict) -> ConfigDict:
   """The same run with a random two-layer byte model and two short iterations, for a CPU."""
-  c.model.name = 'random:qwen2,vocab=320,embed=64,layers=2,heads=4,kv_heads=2,head_dim=16,ffn=128'
-  c.model.tokenizer, c.model.dtype, c.model.param_dtype = 'bytes', 'float32', 'float32'
-  c.model.attention = 'xla'
-  c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 1, 1
-  c.train.steps, c.train.micro_batch_tokens = 2, 16384
-  c.selfplay.batch, c.selfplay.mc_samples, c.selfplay.references = 2, 2, 1
-  c.selfplay.induction_cases = 4
-  c.sampler.slots, c.sampler.max_prompt_tokens = 8, 8192
-  c.sampler.max_propose_tokens = c.sampler.max_solve_tokens = 16
-  c.checkpoint.every_steps = 1
+  _set(c, presets.SMOKE)
   return c
+
+
+def _set(c: ConfigDict, values: dict[str, Any]) -> None:
+  for field, value in values.items():
+    section, _, key = field.rpartition('.')
+    value = ConfigDict(value) if isinstance(value, dict) else value
+    config_checks.get_field(c, section)[key] = value
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:

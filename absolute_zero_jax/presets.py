@@ -28,3 +28,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         'algorithm.entropy_coef': 0.0, 'optimizer.weight_decay': 0.0,
         'algorithm.clip_high': 0.28, 'algorithm.dual_clip': 3.0},
 }
+# What `config.shrink` sets: a run of seconds on a CPU, whatever the config.
+SMOKE: dict[str, Any] = {
+    'model.name': 'random:qwen2,vocab=320,embed=64,layers=2,heads=4,kv_heads=2,head_dim=16,ffn=128',
+    'model.tokenizer': 'bytes', 'model.dtype': 'float32', 'model.param_dtype': 'float32',
+    'model.attention': 'xla',
+    'mesh.data': -1, 'mesh.fsdp': 1, 'mesh.tensor': 1,
+    'train.steps': 2, 'train.micro_batch_tokens': 16384,
+    'selfplay.batch': 2, 'selfplay.mc_samples': 2, 'selfplay.references': 1,
+    'selfplay.induction_cases': 4,
+    'sampler.slots': 8, 'sampler.max_prompt_tokens': 8192, 'sampler.max_propose_tokens': 16,
+    'sampler.max_solve_tokens': 16,
+    'checkpoint.every_steps': 1,
+}

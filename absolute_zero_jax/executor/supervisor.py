@@ -388,8 +388,8 @@ def main(argv: list[str]) -> None:
   client.setblocking(False)
   os.dup2(os.open(os.devnull, os.O_RDWR), 0)
   os.chdir('/')
-  # Syntax trees are many objects and no cycles: looking for these after every 700 of them takes a
-  # tenth of this process's time.
+  # Syntax trees are many objects and no cycles: looking for these after every 700 of them, and
+  # among all that was imported, takes a tenth of this process's time.
   gc.freeze()
   gc.set_threshold(_COLLECT_AFTER)
   Supervisor(client, options).run()
