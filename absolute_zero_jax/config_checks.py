@@ -93,12 +93,18 @@ def _check_together(c: ConfigDict) -> None:
   if c.train.length_buckets and c.train.length_buckets[-1] < longest:
     raise ConfigError(f'train.length_buckets={tuple(c.train.length_buckets)} must reach {longest}: '
                       'the longest prompt and response that the sampler may make.')
+  for kind, batch in c.selfplay.kind_batch.items():
+    if kind not in c.selfplay.kinds:
+      raise ConfigError(f'selfplay.kind_batch.{kind} is no kind that is played; allowed: '
+                        f'{", ".join(c.selfplay.kinds)}.{did_you_mean(kind, c.selfplay.kinds)}')
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+      raise ConfigError(f'selfplay.kind_batch.{kind}={batch!r} must be an integer, 1 or more.')
   if c.roles.solve == 'base':
     raise ConfigError("roles.solve='base' would leave nothing to train; allowed: 'policy'.")
 
 
 # Sections whose keys are free: their owners check them.
-_OPEN = ('executor.options', 'selfplay.kind_options', 'reward.intrinsic',
+_OPEN = ('executor.options', 'selfplay.kind_batch', 'selfplay.kind_options', 'reward.intrinsic',
          'algorithm.role_estimators', 'algorithm.role_weights')
 
 

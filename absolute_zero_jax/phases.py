@@ -9,7 +9,7 @@ depends on the executor's timing.
 """
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import dataclasses
 from typing import Any, NamedTuple
@@ -42,9 +42,14 @@ class Rules:
   solve_samples: int = 1
   refuse_independent: bool = False
   max_alike: int = 0
+  kind_batch: Mapping[str, int] = dataclasses.field(default_factory=dict)
   overlap: int = 0
   # A verdict later than this is a broken executor, not a slow program.
   deadline_s: float = 600.0
+
+  def batch_of(self, kind: str) -> int:
+    """Proposals, and solved tasks, of one kind and iteration."""
+    return self.kind_batch.get(kind, self.batch)
 
 
 class Tools(NamedTuple):
@@ -86,7 +91,7 @@ class Attempt:
 
 
 class Proposals:
-  """`rules.batch` proposals per kind: kinds in order, then rows.
+  """`rules.batch_of(kind)` proposals per kind: kinds in order, then rows.
 
   Args:
     buffer: knows the tasks that a proposal may repeat.
@@ -99,7 +104,7 @@ class Proposals:
     self._step, self._buffer, self._tools, self._rules = step, buffer, tools, rules
     self._name = name
     self._asked = [(kind, *_propose_prompt(kind, source, tools, rules, rng))
-                   for kind in tools.kinds for _ in range(rules.batch)]
+                   for kind in tools.kinds for _ in range(rules.batch_of(kind.name))]
     self._landed: dict[int, tuple] = {}
     self._seen: set[str] = set()
     self._shapes: collections.Counter = collections.Counter()

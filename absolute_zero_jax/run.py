@@ -127,6 +127,7 @@ class Run:
       self.buffer.extend(found)
       self._say(f'seeds: {len(found)} of {tried} tasks from {c.selfplay.seeds} passed validation')
     self.rules = selfplay.Rules(max_prompt_tokens=c.sampler.max_prompt_tokens,
+                                kind_batch=c.selfplay.kind_batch.to_dict(),
                                 **{k: c.selfplay[k] for k in _RULES})
     self.tools = selfplay.Tools(kinds=self.kinds, prompts=self.prompts, tokenizer=self.tokenizer,
                                 sample=self._sample, submit=self.executor.submit,

@@ -199,7 +199,7 @@ class _Play(NamedTuple):
 
 def propose(step: int, buffer, tools: Tools, rules: Rules, rng: np.random.Generator, *, timer,
             source=None, name: str = '') -> list[Attempt]:
-  """Samples `rules.batch` proposals per kind and validates them; kinds in order, then rows.
+  """Samples `rules.batch_of(kind)` proposals and validates them; kinds in order, then rows.
 
   `source` and `name` as in `iterate`.
   """
@@ -228,12 +228,12 @@ def answer(tasks: Sequence[Task], counts: Sequence[int], name: str, tools: Tools
 
 def draw_tasks(step: int, buffer, tools: Tools, rules: Rules, rng,
                have: Mapping[str, int] | None = None) -> list[Task]:
-  """Tasks to solve, `rules.batch` per kind less those it has; none while its buffer is empty."""
+  """Tasks to solve, `rules.batch_of(kind)` less those it has; none while its buffer is empty."""
   out = []
   for kind in tools.kinds:
     # Fresh tasks are already in the buffer, lagged ones of this step are not.
     window = rules.recent_steps - (rules.solve_source == 'fresh')
-    tasks = buffer.draw(kind.name, rng, rules.batch - (have or {}).get(kind.name, 0),
+    tasks = buffer.draw(kind.name, rng, rules.batch_of(kind.name) - (have or {}).get(kind.name, 0),
                         step=step, strategy=rules.draw, recent_steps=window)
     fitting = [t for t in tasks if phases.fits(kind, t, tools, rules)]
     if fitting:      # the batch stays full: rows that do not fit are replaced by ones that do

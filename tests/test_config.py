@@ -81,6 +81,8 @@ def test_an_unknown_field_is_named_with_what_is_allowed():
     ({'train.length_buckets': (64,)}, 'length_buckets.* must reach'),
     ({'train.length_buckets': (512, 256)}, 'ascending'),
     ({'heldout.parts': ('same', 'same')}, 'heldout.parts.*each once'),
+    ({'selfplay.kind_batch': {'induktion': 4}}, "no kind that is played.*mean 'induction'"),
+    ({'selfplay.kind_batch': {'induction': 0}}, 'kind_batch.induction=0 must be'),
     ({'pretrain.guess_steps': (5, 3)}, 'pretrain.guess_steps.*ascending'),
 ])
 def test_fields_that_contradict_each_other_are_refused(change, words):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One iteration with a scripted model and the real executor: who gets which reward, and why."""
 
+import collections
 from concurrent import futures
 import contextlib
 import random
@@ -104,6 +105,16 @@ def test_each_proposal_gets_its_status_and_reward(executor):
   assert rewards_ == [0.25, -1.0, -1.0, -1.0]
   assert buffer.sizes() == {'deduction': 2}                 # the zero triplet and the new one
   assert buffer.tasks('deduction')[1].cases == (('2', '3'),)
+
+
+def test_a_kind_may_have_a_batch_of_its_own(executor):
+  script = Script([GOOD % n for n in range(5)], _answer(True))
+  (result,), _ = _play(script, executor, kinds=('deduction', 'abduction'), batch=2,
+                       kind_batch={'deduction': 5})
+  counts = collections.Counter(a.kind.name for a in result.proposals)
+  assert counts == {'deduction': 5, 'abduction': 2}
+  counts = collections.Counter(a.kind.name for a in result.solved)
+  assert counts == {'deduction': 5, 'abduction': 2}
 
 
 @pytest.mark.parametrize('right, learnable', [((True,) * 4, 0.0), ((False,) * 4, 0.0),
