@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from absolute_zero_jax import sampling, sharding
-from absolute_zero_jax.models import attention, decoder
+from absolute_zero_jax.models import decode_attention, decoder
 from absolute_zero_jax.models.config import ModelConfig
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]      # per layer: keys [B,K,H,S], values [B,K,S,H]
@@ -231,19 +231,19 @@ def _decode(config, w, cache, slot, rows, steps, key, opts, allowed_V, stops_E, 
             mesh, fused, platform):
   B, S = cache[0][0].shape[0], cache[0][0].shape[3]
   on_cpu = platform == 'cpu'
-  block = decoder.Block(config, dtype, fused=fused, weights_first=on_cpu)
+  kernel = fused and mesh is None and decode_attention.serves(platform, dtype, config.head_dim, S)
+  block = decoder.Block(config, dtype, fused=fused, weights_first=on_cpu, kernel=kernel)
   unembed_VD = w.embed_VD if w.unembed_VD is None else w.unembed_VD
   row_keys_B = jax.vmap(lambda stream, sample: jax.random.fold_in(
       jax.random.fold_in(key, stream), sample))(rows.streams_B, rows.samples_B)
 
   def logits(cache, slot, rows):
-    age_S = (slot - jnp.arange(S)) % S
-    bias_BS = jnp.where(age_S[None] <= rows.lengths_B[:, None], 0.0, attention.MASKED)
     angles = decoder.rope_angles(config, rows.lengths_B)
     x_BD = sharding.constrain(w.embed_VD[rows.tokens_B], ('batch', None), mesh)
     new = []
     for layer, (k, v) in zip(w.layers, cache):
-      x_BD, k, v = block.apply({'params': layer}, x_BD, angles, bias_BS, slot, k, v, method='step')
+      x_BD, k, v = block.apply({'params': layer}, x_BD, angles, rows.lengths_B, slot, k, v,
+                               method='step')
       new.append((k, v))
     x_BD = decoder.rms_norm(x_BD, w.final_norm_D, config.norm_eps)
     return decoder.product(x_BD, unembed_VD, on_cpu, jnp.float32), tuple(new)

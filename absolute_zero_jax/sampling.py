@@ -12,6 +12,7 @@ in [0, 1], since non-negative floats order like their bit patterns.
 Letters: B rows, V vocabulary, C = 128 block width, N = V/C blocks, I groups of J rows.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -69,8 +70,7 @@ def draw(logits_BV: jax.Array, allowed_V: jax.Array, uniform_B2: jax.Array, opts
   equal best logits.
 
   Args:
-    platform: that of the devices. 'cpu' works on a few rows at a time, for a core's caches; 'gpu'
-      has no branch for greedy drawing, whose condition the host would be asked for at every step.
+    platform: that of the devices; 'cpu' works on a few rows at a time, for a core's caches.
   """
   B, V = logits_BV.shape
   pad = -V % _BLOCK
@@ -87,49 +87,70 @@ def draw(logits_BV: jax.Array, allowed_V: jax.Array, uniform_B2: jax.Array, opts
 
 
 def _draw(logits_BV, allowed_V, uniform_B2, opts, platform):
-  logits_BV = logits_BV.astype(jnp.float32)
-  peak_B = jnp.max(logits_BV, -1)
-  total_B = jnp.sum(jnp.exp(logits_BV - peak_B[:, None]), -1)
-  allowed_BV = jnp.where(allowed_V[None], logits_BV, -jnp.inf)
-
-  def greedy():
-    return _argmax(allowed_BV), jnp.zeros_like(peak_B)
-
-  def random():
-    weight_BV = _weights(allowed_BV, opts)
-    tokens_B = _inverse_cdf(weight_BV, uniform_B2)
-    return tokens_B, jnp.log(_at(weight_BV, tokens_B)) - jnp.log(jnp.sum(weight_BV, -1))
-
-  is_greedy = opts.temperature == 0
-  if platform == 'gpu':
-    tokens_B, sampler_B = jax.tree.map(lambda g, r: jnp.where(is_greedy, g, r), greedy(), random())
-  else:
-    tokens_B, sampler_B = jax.lax.cond(is_greedy, greedy, random)
-  model_B = _at(logits_BV, tokens_B) - peak_B - jnp.log(total_B)
-  return Draw(tokens_B, sampler_B, model_B)
-
-
-def _weights(allowed_BV, opts):
-  """Unnormalised probabilities, 1 for the best token and 0 for what truncation removes."""
-  best_B = jnp.max(allowed_BV, -1)
+  B, V = logits_BV.shape
   temperature = jnp.where(opts.temperature == 0, 1.0, opts.temperature)
-  weight_BV = jnp.exp((allowed_BV - best_B[:, None]) / temperature)
+  block_BNC = logits_BV.astype(jnp.float32).reshape(B, V // _BLOCK, _BLOCK)
+  allowed_1NC = allowed_V.reshape(1, -1, _BLOCK)
+  # The vocabulary is read for maxima and for sums; all else looks at blocks, or at one of them.
+  reduce = functools.partial(_reduce_two, platform=platform)
+  peak_BN, best_BN = reduce(jax.lax.max, -jnp.inf, block_BNC,
+                            jnp.where(allowed_1NC, block_BNC, -jnp.inf))
+  peak_B, best_B = jnp.max(peak_BN, -1), jnp.max(best_BN, -1)
+  floor_B = _floor(block_BNC, allowed_1NC, best_B, temperature, opts)
 
-  def cut(weight_BV):
-    V = weight_BV.shape[1]
-    floor_B = jnp.full(best_B.shape, opts.min_p)
-    top_k = jnp.where(opts.top_k == 0, V, opts.top_k).astype(jnp.float32)
+  def weights(logits, allowed, best, floor):
+    kept = allowed & (logits >= floor)
+    return jnp.where(kept, jnp.exp((logits - best) / temperature), 0.0)
+
+  total_BN, mass_BN = reduce(
+      jax.lax.add, 0.0, jnp.exp(block_BNC - peak_B[:, None, None]),
+      weights(block_BNC, allowed_1NC, best_B[:, None, None], floor_B[:, None, None]))
+  is_greedy = opts.temperature == 0
+  n_B = jnp.where(is_greedy, jnp.argmax(best_BN, -1), _pick(mass_BN, uniform_B2[:, 0]))
+  row_BC = jnp.take_along_axis(block_BNC, n_B[:, None, None], 1)[:, 0]
+  allowed_BC = allowed_1NC[0, n_B]
+  weight_BC = weights(row_BC, allowed_BC, best_B[:, None], floor_B[:, None])
+  c_B = jnp.where(is_greedy, jnp.argmax(jnp.where(allowed_BC, row_BC, -jnp.inf), -1),
+                  _pick(weight_BC, uniform_B2[:, 1]))
+  sampler_B = jnp.where(is_greedy, 0.0,
+                        jnp.log(_at(weight_BC, c_B)) - jnp.log(jnp.sum(mass_BN, -1)))
+  model_B = _at(row_BC, c_B) - peak_B - jnp.log(jnp.sum(total_BN, -1))
+  return Draw((n_B * _BLOCK + c_B).astype(jnp.int32), sampler_B, model_B)
+
+
+def _reduce_two(op, start, x_BNC, y_BNC, platform):
+  """Two reductions of the last axis; on a GPU in one pass, which a CPU cannot vectorise."""
+  start = jnp.float32(start)
+  if platform == 'gpu':
+    out = jax.lax.reduce((x_BNC, y_BNC), (start,) * 2,
+                         lambda a, b: (op(a[0], b[0]), op(a[1], b[1])), (2,))
+  else:
+    out = [jax.lax.reduce(x, start, op, (2,)) for x in (x_BNC, y_BNC)]
+  # Or the compiler would read the vocabulary again for what is computed from these.
+  return jax.lax.optimization_barrier(tuple(out))
+
+
+def _floor(block_BNC, allowed_1NC, best_B, temperature, opts):
+  """The least logit of each row that truncation keeps; -inf without truncation."""
+  B = best_B.shape[0]
+
+  def cut():
+    logits_BV = jnp.where(allowed_1NC, block_BNC, -jnp.inf).reshape(B, -1)
+    # Unnormalised probabilities, 1 for the best token.
+    weight_BV = jnp.exp((logits_BV - best_B[:, None]) / temperature)
+    top_k = jnp.where(opts.top_k == 0, weight_BV.shape[1], opts.top_k).astype(jnp.float32)
     kth_B = jax.lax.cond(opts.top_k > 0, lambda: _threshold(weight_BV, None, top_k + 0 * best_B),
                          lambda: jnp.zeros_like(best_B))
     kept_BV = jnp.where(weight_BV >= kth_B[:, None], weight_BV, 0.0)
     mass_B = opts.top_p * jnp.sum(kept_BV, -1)
     pth_B = jax.lax.cond(opts.top_p < 1, lambda: _threshold(kept_BV, kept_BV, mass_B),
                          lambda: jnp.zeros_like(best_B))
-    floor_B = jnp.maximum(floor_B, jnp.maximum(kth_B, pth_B))
-    return jnp.where(weight_BV >= floor_B[:, None], weight_BV, 0.0)
+    least_B = jnp.maximum(opts.min_p, jnp.maximum(kth_B, pth_B))
+    # As a logit, since weights that are computed again elsewhere may differ in the last bit.
+    return jnp.min(jnp.where(weight_BV >= least_B[:, None], logits_BV, jnp.inf), -1)
 
   truncates = (opts.top_k > 0) | (opts.top_p < 1) | (opts.min_p > 0)
-  return jax.lax.cond(truncates, cut, lambda w: w, weight_BV)
+  return jax.lax.cond(truncates, cut, lambda: jnp.full_like(best_B, -jnp.inf))
 
 
 def _threshold(weight_BV, amount_BV, limit_B):
@@ -151,15 +172,6 @@ def _threshold(weight_BV, amount_BV, limit_B):
   return jax.lax.bitcast_convert_type(low_B, jnp.float32)
 
 
-def _inverse_cdf(weight_BV, uniform_B2):
-  """Index drawn in proportion to non-negative weights, not all zero."""
-  B, V = weight_BV.shape
-  block_BNC = weight_BV.reshape(B, V // _BLOCK, _BLOCK)
-  n_B = _pick(jnp.sum(block_BNC, -1), uniform_B2[:, 0])
-  row_BC = jnp.take_along_axis(block_BNC, n_B[:, None, None], 1)[:, 0]
-  return n_B * _BLOCK + _pick(row_BC, uniform_B2[:, 1])
-
-
 def _pick(weight_BN, uniform_B):
   sums_BN = jnp.cumsum(weight_BN, -1)
   below_BN = sums_BN <= uniform_B[:, None] * sums_BN[:, -1:]
@@ -167,15 +179,6 @@ def _pick(weight_BN, uniform_B):
   # not the last index, whose weight may be 0.
   last_B = jnp.max(jnp.where(weight_BN > 0, jnp.arange(weight_BN.shape[1])[None], 0), -1)
   return jnp.minimum(jnp.sum(below_BN, -1, dtype=jnp.int32), last_B.astype(jnp.int32))
-
-
-def _argmax(x_BV):
-  """argmax in two levels: XLA's own walks a CPU core through all of V with index pairs."""
-  B, V = x_BV.shape
-  block_BNC = x_BV.reshape(B, V // _BLOCK, _BLOCK)
-  n_B = jnp.argmax(jnp.max(block_BNC, -1), -1)
-  row_BC = jnp.take_along_axis(block_BNC, n_B[:, None, None], 1)[:, 0]
-  return (n_B * _BLOCK + jnp.argmax(row_BC, -1)).astype(jnp.int32)
 
 
 def _at(x_BV, index_B):

@@ -98,6 +98,8 @@ class Tokenizer:
       raise ValueError(f'{source.origin} cannot be read as a tokenizer: {error}. Fetch it again, '
                        'or update the `tokenizers` package.') from error
     self._lock = threading.Lock()
+    # A prompt is measured before it is asked, and asked again by a later draw.
+    self._ids = functools.lru_cache(maxsize=1024)(self._encode)
     self._vocab = self._backend.get_vocab(with_added_tokens=True)
     self._origin = source.origin
     self._names = {name: text for name, text in source.names.items() if text in self._vocab}
@@ -140,12 +142,15 @@ class Tokenizer:
       text.encode()
     except UnicodeEncodeError:
       text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    with self._lock:  # a setting of the shared backend, not an argument
-      self._backend.encode_special_tokens = not allow_special
-      ids = self._backend.encode(text, add_special_tokens=False).ids
+    ids = list(self._ids(text, allow_special))
     if (self.adds_bos if bos is None else bos) and not (allow_special and ids[:1] == [self.bos_id]):
       ids.insert(0, self.bos_id)
     return ids
+
+  def _encode(self, text, allow_special):
+    with self._lock:  # a setting of the shared backend, not an argument
+      self._backend.encode_special_tokens = not allow_special
+      return tuple(self._backend.encode(text, add_special_tokens=False).ids)
 
   def decode(self, ids: Iterable[int], *, skip_special: bool = False,
              continues: bool = False) -> str:

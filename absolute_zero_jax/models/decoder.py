@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from absolute_zero_jax import sharding
 from absolute_zero_jax.models import attention as attention_lib
+from absolute_zero_jax.models import decode_attention
 from absolute_zero_jax.models.config import ModelConfig, RopeScaling
 
 Params = dict[str, Any]
@@ -44,6 +45,7 @@ class Block(nn.Module):
     fused: for `step` alone: q, k, v (and gate, up) are one flat matrix each, and all matrices are
       stored [outputs, inputs], as `decoding.weights` lays them out.
     weights_first: `fused` matrices are the left operand, which is for a CPU (see `product`).
+    kernel: attention of `step` is `decode_attention`, where that serves.
     collect: also return this layer's rotated keys and values.
     packed: see `attention.attend`.
   """
@@ -52,6 +54,7 @@ class Block(nn.Module):
   attention: str = 'xla'
   fused: bool = False
   weights_first: bool = False
+  kernel: bool = False
   collect: bool = False
   packed: bool = True
   mesh: Mesh | None = None
@@ -106,14 +109,26 @@ class Block(nn.Module):
     x_BTD = sharding.constrain(x_BTD + self._ffn(x_BTD), ('batch', None, None), self.mesh)
     return x_BTD, own if self.collect else None
 
-  def step(self, x_BD, angles, bias_BS, slot, k_BKHS, v_BKSH):
+  def step(self, x_BD, angles, lengths_B, slot, k_BKHS, v_BKSH):
     """The layer on one new token per sequence, whose key and value go to cache slot `slot`.
 
-    `bias_BS` is added to the scores: 0 where a slot may be seen, `attention.MASKED` where not.
-    Returns (x_BD, k_BKHS, v_BKSH).
+    It sees the `lengths_B` tokens before it. Returns (x_BD, k_BKHS, v_BKSH).
     """
+    if self.kernel:
+      heads_BXH = jnp.concatenate(self._heads(x_BD), 1)
+      out_BNH, k_BKHS, v_BKSH = decode_attention.attend(heads_BXH, angles, lengths_B, slot, k_BKHS,
+                                                        v_BKSH)
+    else:
+      out_BNH, k_BKHS, v_BKSH = self._attend_step(x_BD, angles, lengths_B, slot, k_BKHS, v_BKSH)
+    x_BD = x_BD + self._out(out_BNH)
+    return x_BD + self._ffn(x_BD), k_BKHS, v_BKSH
+
+  def _attend_step(self, x_BD, angles, lengths_B, slot, k_BKHS, v_BKSH):
     q_BNH, k_BKH, v_BKH = self._qkv(x_BD, angles)
     B, N, H = q_BNH.shape
+    S = k_BKHS.shape[3]
+    age_S = (slot - jnp.arange(S)) % S
+    bias_BS = jnp.where(age_S[None] <= lengths_B[:, None], 0.0, attention_lib.MASKED)
     K = k_BKH.shape[1]
     put = jax.lax.dynamic_update_slice_in_dim
     k_BKHS = put(k_BKHS, k_BKH.astype(k_BKHS.dtype)[..., None], slot, 3)
@@ -122,11 +137,14 @@ class Block(nn.Module):
     score_BKGS = jnp.matmul(q_BKGH, k_BKHS, preferred_element_type=jnp.float32)
     prob_BKGS = jax.nn.softmax(score_BKGS + bias_BS[:, None, None], -1).astype(v_BKSH.dtype)
     out_BKGH = jnp.matmul(prob_BKGS, v_BKSH, preferred_element_type=jnp.float32)
-    x_BD = x_BD + self._out(out_BKGH.reshape(B, N, H).astype(self.dtype))
-    return x_BD + self._ffn(x_BD), k_BKHS, v_BKSH
+    return out_BKGH.reshape(B, N, H).astype(self.dtype), k_BKHS, v_BKSH
 
   def _qkv(self, x, angles):
-    """Rotated queries and keys, and values, [..., heads, H], of the normed input [..., D]."""
+    """Rotated queries and keys, and values, [..., heads, H], of the input [..., D]."""
+    q, k, v = self._heads(x)
+    return rotate(q, angles), rotate(k, angles), v
+
+  def _heads(self, x):
     c = self.config
     h = rms_norm(x, self.w['attn_norm'], c.norm_eps)
     if self.fused:
@@ -142,7 +160,7 @@ class Block(nn.Module):
     if c.qk_norm:
       q = rms_norm(q, self.w['q_norm'], c.norm_eps)
       k = rms_norm(k, self.w['k_norm'], c.norm_eps)
-    return rotate(q, angles), rotate(k, angles), v
+    return q, k, v
 
   def _out(self, out):
     if self.fused:
@@ -318,9 +336,10 @@ def product(x_BI: jax.Array, w_OI: jax.Array, weights_first: bool,
 
 
 def _contract(x, y, x_axes, y_axes, dtype=None):
-  out = jax.lax.dot_general(x, y, ((tuple(x_axes), tuple(y_axes)), ((), ())),
-                            preferred_element_type=jnp.float32)
-  return out.astype(dtype or x.dtype)
+  # All devices add up in float32 whatever they return; asked for float32, a GPU would write it to
+  # memory and convert it by another kernel.
+  return jax.lax.dot_general(x, y, ((tuple(x_axes), tuple(y_axes)), ((), ())),
+                             preferred_element_type=dtype or x.dtype)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
