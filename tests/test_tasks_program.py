@@ -102,6 +102,31 @@ def test_different_programs_have_different_keys(other):
   assert program.key('k', SAME) != program.key('k', other)
 
 
+@pytest.mark.parametrize('dead', [
+    'def f(x):\n  return x\n  return -x', 'def f(x):\n  return x\n  y = 1\n  while y: pass',
+    'def f(x):\n  if x:\n    return x\n    print(x)\n  else:\n    return 0\n  return 1'])
+def test_what_is_never_reached_makes_no_new_program(dead):
+  plain = {'def f(x):\n  return x', 'def f(x):\n  if x:\n    return x\n  else:\n    return 0'}
+  assert program.has_unreachable(dead) and not any(map(program.has_unreachable, plain))
+  assert program.key('k', dead) in {program.key('k', source) for source in plain}
+  assert program.shape(dead) in map(program.shape, plain)
+
+
+def test_what_does_nothing_makes_no_new_program():
+  plain = 'def f(x):\n  if x:\n    x = 1\n  return x'
+  assert program.key('k', plain) == program.key(
+      'k', 'def f(x):\n  "a"\n  if x:\n    pass\n    x = 1\n  else:\n    pass\n  "b"\n  return x')
+  assert program.key('k', 'def f(x): pass') == program.key('k', 'def f(x):\n  pass\n  3')
+
+
+@pytest.mark.parametrize('source', [
+    'def f(x):\n  if x:\n    return x\n  return 1', 'def f(x):\n  while x:\n    break\n  return x',
+    'def f(x):\n  try:\n    raise ValueError\n  except ValueError:\n    x = 2\n  return x'])
+def test_what_may_be_reached_counts(source):
+  assert not program.has_unreachable(source)
+  assert program.key('k', source) != program.key('k', source.rpartition('\n')[0])
+
+
 def test_key_covers_kind_and_inputs_and_odd_text():
   assert len({program.key('k', SAME), program.key('l', SAME), program.key('k', SAME, ['1']),
               program.key('k', SAME, ['2']), program.key('k', 'no python ('),

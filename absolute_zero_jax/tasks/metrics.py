@@ -116,6 +116,7 @@ def task_metrics(tasks: Sequence[Task], references: Sequence[Sequence[Task]] = (
       'program_lines': statistics.fmean(map(program_lines, sources)),
       'program_nodes': statistics.fmean(map(nodes, sources)),
       'branches': statistics.fmean(map(branches, sources)),
+      'unreachable_share': statistics.fmean(map(program.has_unreachable, sources)),
       'comment_share': statistics.fmean(map(comment_share, sources)),
       'comment_plan_share': statistics.fmean(map(has_comment_plan, sources)),
       'diversity': diversity(sources),

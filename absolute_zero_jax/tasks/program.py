@@ -173,8 +173,9 @@ def with_imports(source: str, lines: Sequence[str]) -> str:
 def key(kind: str, source: str, inputs: Sequence[str] = ()) -> str:
   """Hash of a task; equal keys are duplicates.
 
-  Formatting, comments, docstrings and local names of the program do not count: names it binds are
-  replaced by their order of appearance. Text that is no Python is hashed as it stands.
+  Formatting, comments, docstrings, statements that are never reached or do nothing, and local names
+  of the program do not count: names it binds are replaced by their order of appearance. Text that
+  is no Python is hashed as it stands.
   """
   tree = text.parse(source)
   said = source if tree is None else _canonical(tree)
@@ -314,6 +315,7 @@ def _in_order(node: ast.AST):
 
 
 def _canonical(tree: ast.Module) -> str:
+  _drop_idle(tree)
   # Left alone: f, imported names, and names that are also reached as attribute or keyword.
   fixed, nodes = {'f'}, list(ast.walk(tree))
   for node in nodes:
@@ -327,13 +329,44 @@ def _canonical(tree: ast.Module) -> str:
       fixed.update(node.names)
   names = dict.fromkeys(name for name in bound_names(tree) if name not in fixed)
   order = {name: f'<{i}>' for i, name in enumerate(names)}
-  _strip_docstrings(nodes)
   for node in nodes:
     for field in ('id', 'arg', 'name'):
       value = getattr(node, field, None)
       if isinstance(value, str) and not isinstance(node, ast.alias | ast.keyword):
         setattr(node, field, order.get(value, value))
   return ast.dump(tree)
+
+
+def has_unreachable(source: str) -> bool:
+  """Whether statements stand behind a return or the like: how a proposer varies an old program."""
+  tree = text.parse(source)
+  return tree is not None and _drop_idle(tree)
+
+
+def _drop_idle(tree: ast.AST) -> bool:
+  """Takes out statements that are never reached or do nothing; whether there were any of those."""
+  unreachable = False
+  for node in ast.walk(tree):
+    for field in ('body', 'orelse', 'finalbody'):
+      block = getattr(node, field, None)
+      if not block or not isinstance(block, list):
+        continue
+      end = next((i for i, statement in enumerate(block, 1) if _leaves(statement)), len(block))
+      unreachable |= end < len(block)
+      kept = [statement for statement in block[:end] if not _is_idle(statement)]
+      setattr(node, field, kept if kept or field != 'body' else [ast.Pass()])
+  return unreachable
+
+
+def _is_idle(statement: ast.stmt) -> bool:
+  return isinstance(statement, ast.Pass) or (
+      isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+
+
+def _leaves(statement: ast.stmt) -> bool:
+  if isinstance(statement, ast.If):
+    return any(map(_leaves, statement.body)) and any(map(_leaves, statement.orelse))
+  return isinstance(statement, ast.Return | ast.Raise | ast.Break | ast.Continue)
 
 
 def _strip_docstrings(nodes: Sequence[ast.AST]) -> None:
