@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
   c.model.tokenizer = ''
   # 'none', 'full', 'dots': what the backward pass recomputes.
   c.model.remat = 'full'
-  # Attention call: 'xla' (any platform) or 'cudnn' (NVIDIA).
+  # Attention of training and prefill: 'xla' (any platform) or 'cudnn' (NVIDIA, 16 bits).
   c.model.attention = 'xla'
 
   # Who plays which part: 'policy' (trained) or 'base' (the weights at the start, frozen).

@@ -114,7 +114,8 @@ class Learner:
     self._epochs, self._mini_batches, self._skip_zero = epochs, mini_batches, skip_zero_rows
     self._plan = functools.partial(
         packing.plan, micro_batch_tokens=micro_batch_tokens, pack=pack,
-        share_prompts=share_prompts, buckets=length_buckets, blocks=sharding.row_shards(mesh))
+        share_prompts=share_prompts, buckets=length_buckets, blocks=sharding.row_shards(mesh),
+        few_shapes=sharding.platform(mesh) != 'cpu')
     self._traces = 0
     self._compiled: dict[str, Any] = {}
 

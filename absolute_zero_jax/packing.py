@@ -104,7 +104,8 @@ class Plan:
 
 
 def plan(rows: Sequence[Row], *, micro_batch_tokens: int, blocks: int = 1, pack: bool = False,
-         share_prompts: bool = False, buckets: Sequence[int] = ()) -> Plan:
+         share_prompts: bool = False, buckets: Sequence[int] = (),
+         few_shapes: bool = False) -> Plan:
   """Decides the place of every row; depends on the lengths alone, so equal calls agree.
 
   Args:
@@ -113,6 +114,8 @@ def plan(rows: Sequence[Row], *, micro_batch_tokens: int, blocks: int = 1, pack:
     blocks: data shards; B is a multiple of it.
     share_prompts: hold a prompt once for several of its responses.
     buckets: allowed line lengths, ascending; () takes 64, 128, 256, 384, 512, 768, 1024, ... .
+    few_shapes: of packed lines the last micro-batch, too, is padded to the size of the others,
+      however few they are: for devices that compute faster than they compile.
 
   Raises:
     ValueError: no rows; an empty prompt or response; a row longer than the last bucket.
@@ -138,8 +141,8 @@ def plan(rows: Sequence[Row], *, micro_batch_tokens: int, blocks: int = 1, pack:
     part = lines[done:done + full]
     done += len(part)
     B = min(full, blocks * _power_of_two(-(-len(part) // blocks)))
-    if pack and len(lines) > 3 * full:
-      B = full      # one shape for all, at the cost of at most a quarter of padding
+    if pack and (few_shapes or len(lines) > 3 * full):
+      B = full      # one shape for all; of more than three at most a quarter is padding
     part = [[items[j] for j in line] for line in part]
     need = _place(rows, part, B, blocks, len(shapes), places)
     shapes.append((B, T))

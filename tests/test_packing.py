@@ -82,6 +82,13 @@ def test_packed_lines_of_one_length_need_one_shape_but_for_the_scored_tokens():
   assert {shape[:2] for shape in shapes} == {(4, 256)} and len(shapes) <= 4
 
 
+def test_on_request_the_last_micro_batch_is_as_large_as_the_others():
+  shapes = {few: {shape[:2] for n in range(1, 24) for shape in packing.plan(
+      rows_lib.rows(n, n, 200), micro_batch_tokens=1024, pack=True, buckets=(256,),
+      few_shapes=few).shapes} for few in (False, True)}
+  assert shapes[True] == {(4, 256)} < shapes[False]
+
+
 def test_few_shapes_whatever_the_lengths():
   shapes = set()
   for seed in range(30):
