@@ -231,7 +231,8 @@ def _decode(config, w, cache, slot, rows, steps, key, opts, allowed_V, stops_E, 
             mesh, fused, platform):
   B, S = cache[0][0].shape[0], cache[0][0].shape[3]
   on_cpu = platform == 'cpu'
-  kernel = fused and mesh is None and decode_attention.serves(platform, dtype, config.head_dim, S)
+  # Rows of unsplit layers are on one device here, alone or as one shard of several.
+  kernel = fused and decode_attention.serves(platform, dtype, config.head_dim, S)
   block = decoder.Block(config, dtype, fused=fused, weights_first=on_cpu, kernel=kernel)
   unembed_VD = w.embed_VD if w.unembed_VD is None else w.unembed_VD
   row_keys_B = jax.vmap(lambda stream, sample: jax.random.fold_in(

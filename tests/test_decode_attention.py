@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from absolute_zero_jax import decoding, sampling
+from absolute_zero_jax import decoding, sampling, sharding
 from absolute_zero_jax.models import decode_attention, decoder
 from absolute_zero_jax.models.config import ModelConfig
 
@@ -51,9 +51,14 @@ def test_it_sees_the_youngest_tokens_of_a_ring_and_joins_them(slot, parts, monke
     np.testing.assert_allclose(x, y, atol=2e-6)
 
 
-def test_decoding_with_it_gives_the_log_probs_of_decoding_without(monkeypatch):
+@pytest.mark.parametrize('devices', [0, 1, 3])
+def test_decoding_with_it_gives_the_log_probs_of_decoding_without(devices, monkeypatch):
+  if devices > jax.device_count():
+    pytest.skip(f'needs {devices} devices, JAX shows {jax.device_count()}')
+  calls, attend = [], decode_attention.attend
   monkeypatch.setattr(decode_attention, 'attend',
-                      functools.partial(decode_attention.attend, interpret=True))
+                      lambda *args: calls.append(1) or attend(*args, interpret=True))
+  mesh = sharding.make_mesh(data=devices, devices=jax.devices()[:devices]) if devices else None
   params = decoder.init(CONFIG, jax.random.key(0), dtype=jnp.bfloat16)
   stop = jnp.asarray([-1], jnp.int32)
   rows = decoding.Rows(jnp.asarray([5, 6, 7], jnp.int32), jnp.asarray([0, 9, 40], jnp.int32),
@@ -63,15 +68,16 @@ def test_decoding_with_it_gives_the_log_probs_of_decoding_without(monkeypatch):
                 for i in range(CONFIG.layers))
 
   def chunk(dtype, platform):
-    weights = decoding.weights(CONFIG, params, dtype, None)
+    weights = jax.jit(functools.partial(decoding.weights, CONFIG, dtype=dtype, mesh=mesh))(params)
     _, out = jax.jit(functools.partial(
-        decoding.decode, CONFIG, chunk=8, dtype=dtype, mesh=None, platform=platform))(
+        decoding.decode, CONFIG, chunk=8, dtype=dtype, mesh=mesh, platform=platform))(
             weights, jax.tree.map(lambda x: x.astype(dtype), cache), jnp.int32(60), rows,
             jnp.int32(8), jax.random.key(1), sampling.options(top_k=1), jnp.ones(320, bool), stop)
     return out
 
   exact, plain, kernel = (chunk(*x) for x in (
       (jnp.float32, 'cpu'), (jnp.bfloat16, 'cpu'), (jnp.bfloat16, 'gpu')))
+  assert len(calls) == CONFIG.layers
   gap = lambda x: np.abs(np.asarray(x.model_logprobs_BC - exact.model_logprobs_BC))
   same = np.asarray(kernel.tokens_BC == exact.tokens_BC) & (plain.tokens_BC == exact.tokens_BC)
   # A token drawn otherwise changes all that follow it.
