@@ -73,7 +73,7 @@ def get_config(arg=None):
   if a.long:
     c.selfplay.batch = 48
     c.train.minutes, c.train.steps = 0.0, 75
-    # Inductions learn as much from the others, and all learn more (docs/learning.md).
+    # Induction learns as much from the other kinds as from more of its own (docs/learning.md).
     if a.control == 'none':
       c.selfplay.kind_batch = {'deduction': 64, 'abduction': 56, 'induction': 24}
   c.update_from_flattened_dict(CONTROLS[a.control])

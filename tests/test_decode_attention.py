@@ -53,12 +53,10 @@ def test_it_sees_the_youngest_tokens_of_a_ring_and_joins_them(slot, parts, monke
 
 @pytest.mark.parametrize('devices', [0, 1, 3])
 def test_decoding_with_it_gives_the_log_probs_of_decoding_without(devices, monkeypatch):
-  if devices > jax.device_count():
-    pytest.skip(f'needs {devices} devices, JAX shows {jax.device_count()}')
   calls, attend = [], decode_attention.attend
   monkeypatch.setattr(decode_attention, 'attend',
                       lambda *args: calls.append(1) or attend(*args, interpret=True))
-  mesh = sharding.make_mesh(data=devices, devices=jax.devices()[:devices]) if devices else None
+  mesh = sharding.make_mesh(data=devices, devices=jax.devices('cpu')[:devices]) if devices else None
   params = decoder.init(CONFIG, jax.random.key(0), dtype=jnp.bfloat16)
   stop = jnp.asarray([-1], jnp.int32)
   rows = decoding.Rows(jnp.asarray([5, 6, 7], jnp.int32), jnp.asarray([0, 9, 40], jnp.int32),

@@ -5,7 +5,7 @@
 
 XLA makes six kernels of it, each of two microseconds or more for hardly any work, and reads the
 whole ring; this one reads the slots that a row has filled. For 16-bit models; `decoder.Block.step`
-holds the same in plain JAX.
+holds the same in plain JAX, for everything else.
 
 Letters: as models/decoder.py; X = N + 2 K heads, P parts of a ring that several programs read,
 R = G padded to what the matrix units take.

@@ -145,6 +145,7 @@ class Block(nn.Module):
     return rotate(q, angles), rotate(k, angles), v
 
   def _heads(self, x):
+    """As `_qkv`, not yet rotated."""
     c = self.config
     h = rms_norm(x, self.w['attn_norm'], c.norm_eps)
     if self.fused:
@@ -336,8 +337,8 @@ def product(x_BI: jax.Array, w_OI: jax.Array, weights_first: bool,
 
 
 def _contract(x, y, x_axes, y_axes, dtype=None):
-  # All devices add up in float32 whatever they return; asked for float32, a GPU would write it to
-  # memory and convert it by another kernel.
+  # Matrix units add up in float32 whatever they return (only the parts of a sum that XLA:GPU splits
+  # may be rounded); asked for float32, a GPU writes it to memory and converts it by another kernel.
   return jax.lax.dot_general(x, y, ((tuple(x_axes), tuple(y_axes)), ((), ())),
                              preferred_element_type=dtype or x.dtype)
 
