@@ -2,6 +2,7 @@
 """Generated programs: deterministic, ending, dependent on input; traces and splits are true."""
 
 import ast
+import hashlib
 import os
 import random
 import subprocess
@@ -95,6 +96,15 @@ def test_no_training_program_is_on_the_test_side(examples):
   assert all(grammar.is_held_out(e.key) for e in tests)
   assert not any(grammar.is_held_out(e.key) for e in examples)
   assert all(grammar.key(e.program) == e.key for e in (*tests, *examples[:20]))
+
+
+def test_the_test_set_is_one_on_every_python():
+  """The keys are what Python 3.11 gave when the carried model was pre-trained without them."""
+  first = grammar.test_set(20261123, 20)
+  digest = hashlib.sha256('\n'.join(e.program for e in first).encode()).hexdigest()
+  assert digest.startswith('4f471181bacf4db2')
+  assert [e.key for e in first[:2]] == ['0e1ad7a0e80beaf2acb1d83f75c17aad',
+                                        'db112e2011fc6329f3ae947b0d7b6e45']
 
 
 def test_test_sets_depend_on_the_seed_alone():

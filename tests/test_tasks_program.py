@@ -127,6 +127,36 @@ def test_what_may_be_reached_counts(source):
   assert program.key('k', source) != program.key('k', source.rpartition('\n')[0])
 
 
+def test_a_key_is_the_same_on_every_python():
+  """Pinned on Python 3.11, whose `ast.dump` it then was."""
+  source = '''
+import math as m
+from os import path
+class A(object, metaclass=type):
+  x: int = None
+  y: 'str'
+@m.cache
+def g(a, /, b=None, *c, d, e=1, **k) -> dict:
+  global z
+  z = {**k, 'a': [i async for i in a if i]} if b else ...
+  return lambda: (yield)
+async def h():
+  async with g(1) as t, g(2): await t
+def f(x, n=-1.5):
+  match x:
+    case None | True: return f'{x!r:>{n}} {n}'
+    case {'k': [1, *rest], **others} if others: del rest
+    case A(x=0) as q: raise ValueError from None
+  try:
+    while (y := x[1:, ::2]) not in (b'a', 1j): x @= y
+    else: assert y, 'no'
+  except (KeyError, OSError) as e: pass
+  finally: nonlocal_ = not x < y <= 3
+  return [*x], {v for v in x}, x if y else (yield from y)
+'''
+  assert program.key('program', source) == '6f8bc322cf972365c3ae8beab3350fc4'
+
+
 def test_key_covers_kind_and_inputs_and_odd_text():
   assert len({program.key('k', SAME), program.key('l', SAME), program.key('k', SAME, ['1']),
               program.key('k', SAME, ['2']), program.key('k', 'no python ('),
