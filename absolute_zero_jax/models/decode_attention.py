@@ -92,9 +92,9 @@ def _kernel(heads_ref, cos_ref, sin_ref, length_ref, slot_ref, old_k_ref, old_v_
   N, G, half = X - 2 * K, (X - 2 * K) // K, H // 2
   dtype = old_k_ref.dtype
   length, slot = length_ref[b], slot_ref[0]
-  cos, sin = cos_ref[b, :], sin_ref[b, :]
   # Everything along the head is two halves, since rotation pairs them.
   halves = pl.ds(0, half), pl.ds(half, half)
+  cos, sin = cos_ref[b, halves[1]], sin_ref[b, halves[1]]
   head_R, column_H = jnp.minimum(n * G + jnp.arange(rows), X - 1), jnp.arange(half)
 
   def rotated(x1, x2, cos, sin):

@@ -351,11 +351,17 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines [..., H/2] in float32 of integer positions [...]."""
+  """Cosines and signed sines [..., H] in float32 of integer positions [...], for `rotate`.
+
+  Both halves hold the H/2 angles; the sines of the first half are negative.
+  """
   # Positions become float32: bfloat16 has 8 significant bits, so position 257 would be 256.
   frequencies = rope_frequencies(config).reshape((1,) * positions.ndim + (-1,))
   angles = positions[..., None].astype(jnp.float32) * frequencies
-  return jnp.cos(angles), jnp.sin(angles)
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  # Made once: joined again wherever they are used, the halves keep XLA:CPU from using vectors.
+  return jax.lax.optimization_barrier(
+      (jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)))
 
 
 def rope_frequencies(config: ModelConfig) -> jax.Array:
@@ -376,10 +382,10 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """RoPE on [..., heads, H] with angles [..., H/2]; pairs are (i, i + H/2), as HF 'rotate half'."""
+  """RoPE on [..., heads, H] by `rope_angles`; pairs are (i, i + H/2), as HF 'rotate half'."""
   cos, sin = (a[..., None, :] for a in angles)
-  x1, x2 = jnp.split(x.astype(jnp.float32), 2, -1)
-  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+  y = x.astype(jnp.float32)
+  return (y * cos + jnp.roll(y, y.shape[-1] // 2, -1) * sin).astype(x.dtype)
 
 
 def _remat(remat):
