@@ -74,7 +74,7 @@ def get_config(arg=None):
     c.selfplay.batch = 48
     c.train.minutes, c.train.steps = 0.0, 75
     # Induction learns as much from the other kinds as from more of its own (docs/learning.md).
-    if a.control == 'none':
+    if 'selfplay.kinds' not in CONTROLS[a.control]:
       c.selfplay.kind_batch = {'deduction': 64, 'abduction': 56, 'induction': 24}
   c.update_from_flattened_dict(CONTROLS[a.control])
   return c
