@@ -36,11 +36,18 @@ def trace(source: str, given: str) -> tuple[str, ...]:
   working, (sets, loops) = _workings(source), _targets(source)
   lines: list[str] = []
   seen: dict[str, str] = {}
+  at = 0
 
   def look(frame, event, _):
+    nonlocal at
     if frame.f_code is not function.__code__:
       return None
     if event == 'line':
+      # The same line again is a comprehension, whose variables are the function's from Python 3.12
+      # on; of statements each has a line of its own.
+      if frame.f_lineno == at:
+        return look
+      at = frame.f_lineno
       seen.pop(loops.get(frame.f_lineno), None)
     for name, value in frame.f_locals.items():
       text = repr(value)
