@@ -21,11 +21,11 @@ CONTROLS = {
     # As many answers per iteration as valid proposals would get, to tasks that never change.
     'solver_only': {'selfplay.seeds': 'grammar', 'seeding.tasks': 1000, 'selfplay.solve_samples': 8,
                     'selfplay.solver_only_steps': 10**9},
-    'only_deduction': {'selfplay.kinds': ('deduction',), 'selfplay.batch': 48},
-    'only_abduction': {'selfplay.kinds': ('abduction',), 'selfplay.batch': 48},
+    'only_deduction': {'selfplay.kinds': ('deduction',)},
+    'only_abduction': {'selfplay.kinds': ('abduction',)},
     # Its programs come from the other kinds, so it needs some to start with.
-    'only_induction': {'selfplay.kinds': ('induction',), 'selfplay.batch': 48,
-                       'selfplay.seeds': 'grammar', 'seeding.tasks': 1000},
+    'only_induction': {'selfplay.kinds': ('induction',), 'selfplay.seeds': 'grammar',
+                       'seeding.tasks': 1000},
 }
 
 
@@ -74,7 +74,8 @@ def get_config(arg=None):
     c.selfplay.batch = 48
     c.train.minutes, c.train.steps = 0.0, 75
     # Induction learns as much from the other kinds as from more of its own (docs/learning.md).
-    if 'selfplay.kinds' not in CONTROLS[a.control]:
-      c.selfplay.kind_batch = {'deduction': 64, 'abduction': 56, 'induction': 24}
+    c.selfplay.kind_batch = {'deduction': 64, 'abduction': 56, 'induction': 24}
+  if 'selfplay.kinds' in CONTROLS[a.control]:      # as many proposals, all of one kind
+    c.selfplay.batch, c.selfplay.kind_batch = 3 * c.selfplay.batch, {}
   c.update_from_flattened_dict(CONTROLS[a.control])
   return c
