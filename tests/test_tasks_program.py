@@ -190,3 +190,9 @@ def test_a_shape_leaves_out_constants_and_names_and_nothing_else():
                 source.replace("[c, 'x']", "(c, 'x')")):
     assert shape(other) != shape(source)
   assert shape('no python (') == 'no python ('
+
+
+def test_the_shape_of_an_f_string_keeps_its_parts():
+  plain, before, other = ("def f(x):\n  return f'{x}'", "def f(x):\n  return f'a{x}'",
+                          "def f(x):\n  return f'b{x}'")
+  assert program.shape(before) == program.shape(other) != program.shape(plain)

@@ -399,7 +399,7 @@ def _strip_docstrings(nodes: Sequence[ast.AST]) -> None:
 class _NoConstants(ast.NodeTransformer):
 
   def visit_Constant(self, node):
-    return ast.Constant(type(node.value)())
+    return ast.Constant(type(node.value))      # not '', which `_dump` leaves out of f-strings
 
 
 class _NoPrints(ast.NodeTransformer):
