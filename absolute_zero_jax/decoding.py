@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from absolute_zero_jax import sampling, sharding
-from absolute_zero_jax.models import decode_attention, decoder
+from absolute_zero_jax.models import decode_attention, decoder, rope
 from absolute_zero_jax.models.config import ModelConfig
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]      # per layer: keys [B,K,H,S], values [B,K,S,H]
@@ -239,7 +239,7 @@ def _decode(config, w, cache, slot, rows, steps, key, opts, allowed_V, stops_E, 
       jax.random.fold_in(key, stream), sample))(rows.streams_B, rows.samples_B)
 
   def logits(cache, slot, rows):
-    angles = decoder.rope_angles(config, rows.lengths_B)
+    angles = rope.angles(config, rows.lengths_B)
     x_BD = sharding.constrain(w.embed_VD[rows.tokens_B], ('batch', None), mesh)
     new = []
     for layer, (k, v) in zip(w.layers, cache):

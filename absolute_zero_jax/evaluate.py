@@ -24,7 +24,7 @@ import numpy as np
 from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import grammar, metrics, parts, selfplay
 from absolute_zero_jax import sampler as sampler_lib
-from absolute_zero_jax.tasks import program
+from absolute_zero_jax.tasks import identity
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Role, Task
 
@@ -160,7 +160,7 @@ def file_tasks(path: epath.PathLike, kinds: Sequence[str]) -> list[Task]:
   if not read or not kinds:
     raise ValueError(f'{str(path)!r} holds no deduction or abduction for heldout.kinds={kinds}.')
   return [Task(kind, code, ((given, output),),
-               key=program.key('program', code, (given,)))
+               key=identity.key('program', code, (given,)))
           for kind in kinds for code, given, output in read]
 
 

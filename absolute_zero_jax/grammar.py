@@ -22,7 +22,7 @@ import random
 import re
 from typing import Any
 
-from absolute_zero_jax.tasks import program as program_lib
+from absolute_zero_jax.tasks import identity
 from absolute_zero_jax.types import Task
 
 # Statements before `return`, drawn uniformly: what pre-training sees, and what it never sees.
@@ -154,7 +154,7 @@ def excludes(task: Task) -> bool:
 
 def key(source: str) -> str:
   """Hash of a program; layout, comments and local names do not count."""
-  return program_lib.key('program', source)
+  return identity.key('program', source)
 
 
 def run(source: str, given: str) -> str | None:

@@ -38,7 +38,7 @@ from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import learner as learner_lib
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax.models import decoder, hf
-from absolute_zero_jax.tasks import program
+from absolute_zero_jax.tasks import identity
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Episode, Role
 
@@ -132,7 +132,7 @@ class Run:
     self.tools = selfplay.Tools(kinds=self.kinds, prompts=self.prompts, tokenizer=self.tokenizer,
                                 sample=self._sample, submit=self.executor.submit,
                                 rewards=self.rewards, excludes=evaluate.excludes(c),
-                                shape=lambda task: program.shape(task.program))
+                                shape=lambda task: identity.shape(task.program))
 
   def params(self, role: Role) -> Any:
     """The weights that play `role`: the trained policy, or the frozen base."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from absolute_zero_jax import buffer as buffer_lib
 from absolute_zero_jax import grammar, selfplay
-from absolute_zero_jax.tasks import program, seed_files
+from absolute_zero_jax.tasks import identity, program, seed_files
 from absolute_zero_jax.types import Job, Task
 
 # What a generated file can hold; a file's pairs serve every kind of `seed_files.PAIR_KINDS`.
@@ -106,5 +106,5 @@ def write(buffer: buffer_lib.TaskBuffer, folder: epath.PathLike, count: int) -> 
 
 def _as(kind: str, task: Task) -> Task:
   """The same problem as a task of another kind of pairs."""
-  key = program.key(kind, task.program, [given for given, _ in task.cases])
+  key = identity.key(kind, task.program, [given for given, _ in task.cases])
   return dataclasses.replace(task, kind=kind, key=key)

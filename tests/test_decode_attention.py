@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from absolute_zero_jax import decoding, sampling, sharding
-from absolute_zero_jax.models import decode_attention, decoder
+from absolute_zero_jax.models import decode_attention, decoder, rope
 from absolute_zero_jax.models.config import ModelConfig
 
 CONFIG = ModelConfig('qwen3', vocab=320, embed=48, layers=2, heads=6, kv_heads=2, head_dim=32,
@@ -23,7 +23,7 @@ def _normal(seed, *shape):
 
 def _plain(heads_BXH, angles, lengths_B, slot, k_BKHS, v_BKSH):
   q, k, v = jnp.split(heads_BXH, [N, N + K], 1)
-  q, k = decoder.rotate(q, angles), decoder.rotate(k, angles)
+  q, k = rope.rotate(q, angles), rope.rotate(k, angles)
   k_BKHS, v_BKSH = k_BKHS.at[..., slot].set(k), v_BKSH.at[:, :, slot].set(v)
   out = np.zeros((B, N, H))
   for b in range(B):
@@ -42,7 +42,7 @@ def test_it_sees_the_youngest_tokens_of_a_ring_and_joins_them(slot, parts, monke
   monkeypatch.setattr(decode_attention, '_BLOCK', 16)
   monkeypatch.setattr(decode_attention, '_MIN_PART', S // parts)
   lengths_B = jnp.asarray([3, S - 1, 30], jnp.int32)           # few, all, some of the slots
-  angles = decoder.rope_angles(CONFIG, lengths_B)
+  angles = rope.angles(CONFIG, lengths_B)
   args = (_normal(0, B, N + 2 * K, H), angles, lengths_B, jnp.int32(slot), _normal(1, B, K, H, S),
           _normal(2, B, K, S, H))
   want = _plain(*args)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference_models
 
-from absolute_zero_jax.models import attention, decoder, hf
+from absolute_zero_jax.models import attention, decoder, hf, rope
 from absolute_zero_jax.models.config import ModelConfig, RopeScaling
 
 SMALL = ModelConfig('qwen3', vocab=61, embed=24, layers=3, heads=4, kv_heads=2, head_dim=8, ffn=40,
@@ -56,7 +56,7 @@ def test_llama3_scaling_of_frequencies_is_the_published_one():
   smooth = (8192 / wavelength - 1) / 3
   want = np.where(wavelength < 8192 / 4, plain, np.where(
       wavelength > 8192, plain / 8, (1 - smooth) * plain / 8 + smooth * plain))
-  np.testing.assert_allclose(decoder.rope_frequencies(config), want, rtol=1e-5)
+  np.testing.assert_allclose(rope.frequencies(config), want, rtol=1e-5)
 
 
 def test_packed_segments_equal_separate_rows():
@@ -163,7 +163,7 @@ def test_scan_over_layers_equals_layers_one_by_one():
   positions = jnp.broadcast_to(jnp.arange(17)[None], (2, 17))
   segments = jnp.ones_like(tokens_BT)
   block = jax.jit(lambda w, x: decoder.Block(SMALL).apply(
-      {'params': w}, x, None, decoder.rope_angles(SMALL, positions), segments, None)[0])
+      {'params': w}, x, None, rope.angles(SMALL, positions), segments, None)[0])
   x = params['embed'][tokens_BT]
   for i in range(SMALL.layers):
     x = block({name: w[i] for name, w in params['layers'].items()}, x)

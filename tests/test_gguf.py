@@ -9,7 +9,7 @@ import pytest
 import reference_models as reference
 
 from absolute_zero_jax import sharding
-from absolute_zero_jax.models import decoder, gguf, hf, loading
+from absolute_zero_jax.models import decoder, gguf, hf, loading, rope
 from absolute_zero_jax.models.config import RopeScaling
 
 ggml = pytest.importorskip('gguf')
@@ -119,8 +119,8 @@ def test_llama3_divisors_are_recognised(tmp_path):
   """The file of a Llama 3.1 holds divisors; the reference computes them from the four numbers."""
   config, tensors = make('random:llama,rope_theta=5e5,head_dim=64')
   scaling = RopeScaling('llama3', 8.0, 1.0, 4.0, 8192)
-  plain = decoder.rope_frequencies(config)
-  scaled = decoder.rope_frequencies(type(config)(**vars(config) | {'rope_scaling': scaling}))
+  plain = rope.frequencies(config)
+  scaled = rope.frequencies(type(config)(**vars(config) | {'rope_scaling': scaling}))
   factors = np.asarray(plain / scaled, np.float32)
   assert factors.min() == 1 and factors.max() == 8
   path = write(tmp_path / 'm.gguf', config, tensors | {'rope_freqs.weight': factors})

@@ -14,7 +14,7 @@ from absolute_zero_jax import buffer as buffer_lib
 from absolute_zero_jax import rewards, selfplay, summary, tasks, tokenizer
 from absolute_zero_jax.executor import Executor
 from absolute_zero_jax.sampler import Sample
-from absolute_zero_jax.tasks import program
+from absolute_zero_jax.tasks import identity
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Role
 
@@ -74,7 +74,7 @@ def _play(script, executor, *, steps=1, kinds=('deduction',), probes=0, **change
   tools = selfplay.Tools(
       kinds=[tasks.get(k, probes=probes) for k in kinds], prompts=prompts_lib.load('think'),
       tokenizer=script.tokenizer, sample=script.sample, submit=executor.submit,
-      rewards=rewards.get(), shape=lambda task: program.shape(task.program))
+      rewards=rewards.get(), shape=lambda task: identity.shape(task.program))
   rules = selfplay.Rules(**dict(
       batch=4, mc_samples=4, references=2, solve_source='fresh', draw='max_new', recent_steps=1,
       reference_draw='uniform', keep='all', refuse_duplicates=True, show_references=True,

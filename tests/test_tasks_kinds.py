@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from absolute_zero_jax import buffer, tasks
-from absolute_zero_jax.tasks import program, prompts, seed_files
+from absolute_zero_jax.tasks import identity, program, prompts, seed_files
 from absolute_zero_jax.types import Job, Run, Status, Verdict
 
 SOURCE = 'def f(a, b):\n    return a * b'
@@ -36,7 +36,7 @@ def test_a_proposal_becomes_a_task(name):
   assert job == Job('validate', SOURCE, ('3, 4',), expect_error=name == 'error')
   task = kind.to_task(proposal, [_ok(('3, 4', '12'))], 7)
   assert (task.kind, task.cases, task.born_step) == (name, (('3, 4', '12'),), 7)
-  assert task.key == program.key(name, SOURCE, ('3, 4',))
+  assert task.key == identity.key(name, SOURCE, ('3, 4',))
 
 
 @pytest.mark.parametrize('status', [s for s in Status if s is not Status.OK])

@@ -45,7 +45,7 @@ def attend(heads_BXH: jax.Array, angles: tuple[jax.Array, jax.Array], lengths_B:
 
   Args:
     heads_BXH: queries, keys and values of the new tokens, not yet rotated.
-    angles: see `decoder.rope_angles`.
+    angles: see `rope.angles`.
     lengths_B: tokens of each row before this one. Only they are seen.
     slot: where the new keys and values go.
     interpret: run it as plain JAX, on any device.

@@ -12,7 +12,6 @@ H head width, F ffn width, V vocabulary, L layers, C query chunk.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -23,8 +22,8 @@ from jax.sharding import Mesh
 
 from absolute_zero_jax import sharding
 from absolute_zero_jax.models import attention as attention_lib
-from absolute_zero_jax.models import decode_attention
-from absolute_zero_jax.models.config import ModelConfig, RopeScaling
+from absolute_zero_jax.models import decode_attention, rope
+from absolute_zero_jax.models.config import ModelConfig
 
 Params = dict[str, Any]
 # Models of no more layers are unrolled where nothing is rematerialised: a loop copies what the
@@ -142,7 +141,7 @@ class Block(nn.Module):
   def _qkv(self, x, angles):
     """Rotated queries and keys, and values, [..., heads, H], of the input [..., D]."""
     q, k, v = self._heads(x)
-    return rotate(q, angles), rotate(k, angles), v
+    return rope.rotate(q, angles), rope.rotate(k, angles), v
 
   def _heads(self, x):
     """As `_qkv`, not yet rotated."""
@@ -228,7 +227,7 @@ class Decoder(nn.Module):
                     metadata_params={nn.PARTITION_NAME: 'layers'})
     block = stack(c, self.dtype, self.attention, collect=self.collect, packed=self.packed,
                   mesh=self.mesh, name='layers')
-    x_BTD, cache = block(x_BTD, prefix, rope_angles(c, positions_BT), segments_BT,
+    x_BTD, cache = block(x_BTD, prefix, rope.angles(c, positions_BT), segments_BT,
                          prefix_segments_BP)
     norm = nn.with_logical_partitioning(nn.initializers.ones, ('norm',))
     gain_D = self.param('final_norm', norm, (c.embed,))
@@ -348,44 +347,6 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
   return (y * gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
-
-
-def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cosines and signed sines [..., H] in float32 of integer positions [...], for `rotate`.
-
-  Both halves hold the H/2 angles; the sines of the first half are negative.
-  """
-  # Positions become float32: bfloat16 has 8 significant bits, so position 257 would be 256.
-  frequencies = rope_frequencies(config).reshape((1,) * positions.ndim + (-1,))
-  angles = positions[..., None].astype(jnp.float32) * frequencies
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
-  # Made once: joined again wherever they are used, the halves keep XLA:CPU from using vectors.
-  return jax.lax.optimization_barrier(
-      (jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)))
-
-
-def rope_frequencies(config: ModelConfig) -> jax.Array:
-  """Radians per position of each of the H/2 pairs. Source: transformers modeling_rope_utils.py."""
-  exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-  frequencies = 1.0 / config.rope_theta**exponents
-  scaling: RopeScaling | None = config.rope_scaling
-  if scaling is None:
-    return frequencies
-  if scaling.kind == 'linear':
-    return frequencies / scaling.factor
-  # llama3: long wavelengths are stretched, short ones kept, those between interpolated.
-  wavelengths = 2 * math.pi / frequencies
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  smooth = (scaling.original_max_positions / wavelengths - low) / (high - low)
-  smooth = jnp.clip(smooth, 0.0, 1.0)
-  return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
-
-
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """RoPE on [..., heads, H] by `rope_angles`; pairs are (i, i + H/2), as HF 'rotate half'."""
-  cos, sin = (a[..., None, :] for a in angles)
-  y = x.astype(jnp.float32)
-  return (y * cos + jnp.roll(y, y.shape[-1] // 2, -1) * sin).astype(x.dtype)
 
 
 def _remat(remat):

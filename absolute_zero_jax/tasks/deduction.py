@@ -8,7 +8,7 @@ error prediction extend this class and differ in what is hidden.
 from collections.abc import Sequence
 import dataclasses
 
-from absolute_zero_jax.tasks import composite, probes, program, text
+from absolute_zero_jax.tasks import composite, identity, probes, program, text
 from absolute_zero_jax.types import Job, Status, Task, Verdict
 
 IDENTITY = 'def f(a):\n    return a'
@@ -36,7 +36,7 @@ class Deduction:
 
   def seeds(self) -> list[Task]:
     """The zero triplet: identity, and a greeting as input and output."""
-    key = program.key(self.name, IDENTITY, (HELLO,))
+    key = identity.key(self.name, IDENTITY, (HELLO,))
     return [Task(self.name, IDENTITY, ((HELLO, HELLO),), key=key)]
 
   def references(self, buffer, rng, count: int, strategy: str = 'uniform') -> list[Task]:
@@ -76,7 +76,7 @@ class Deduction:
     if arguments is None:
       return 'input_not_literal'
     plain, parts = composite.split(references)
-    if any(task.key == program.key(self.name, found.source, (arguments,)) for task in plain):
+    if any(task.key == identity.key(self.name, found.source, (arguments,)) for task in plain):
       return 'copied'
     if not parts:
       return program.Proposal(found.source, (arguments,))
@@ -103,7 +103,7 @@ class Deduction:
     if failed or not own:
       return (failed or [verdict.status])[0].value
     cases = tuple((run.input, run.output) for run in own)
-    key = program.key(self.name, proposal.program, [i for i, _ in cases])
+    key = identity.key(self.name, proposal.program, [i for i, _ in cases])
     probed = len(verdict.runs) > len(own) and probes.independent(verdict.runs)
     return Task(self.name, proposal.program, cases, born_step=step, key=key,
                 extra=proposal.extra | ({'independent': True} if probed else {}))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import dataclasses
 
 from absolute_zero_jax import rewards
-from absolute_zero_jax.tasks import deduction, probes, program, text
+from absolute_zero_jax.tasks import deduction, identity, probes, program, text
 from absolute_zero_jax.types import Job, Status, Task, Verdict
 
 # The reference's first item holds the same values, one of them as the call dict(a=1, b=2).
@@ -52,7 +52,7 @@ class Induction:
     """Identity with six pairs, three shown."""
     cases = tuple((value, value) for value in _ZERO_VALUES)
     return [Task(self.name, deduction.IDENTITY, cases, _ZERO_MESSAGE, shown=3,
-                 key=program.key(self.name, deduction.IDENTITY, _ZERO_VALUES))]
+                 key=identity.key(self.name, deduction.IDENTITY, _ZERO_VALUES))]
 
   def references(self, buffer, rng, count: int, strategy: str = 'uniform') -> list[Task]:
     """One program from the union of the other kinds' stores, or from its own when they are empty.
@@ -111,7 +111,7 @@ class Induction:
     if verdict.status is not Status.OK:
       return verdict.status.value
     cases = tuple((run.input, run.output) for run in verdict.runs)
-    key = program.key(self.name, proposal.program, [i for i, _ in cases])
+    key = identity.key(self.name, proposal.program, [i for i, _ in cases])
     return Task(self.name, proposal.program, cases, proposal.message, shown=len(cases) // 2,
                 born_step=step, key=key, extra=proposal.extra | (
                     {'independent': True} if probes.independent(verdict.runs) else {}))

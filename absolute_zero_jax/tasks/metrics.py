@@ -12,7 +12,7 @@ import tokenize
 from typing import NamedTuple
 
 from absolute_zero_jax import intrinsic
-from absolute_zero_jax.tasks import program, text
+from absolute_zero_jax.tasks import identity, program, text
 from absolute_zero_jax.types import Task
 
 # Words of doubt and of checking again; our own list, after the idea of azr_spec 9.
@@ -116,7 +116,7 @@ def task_metrics(tasks: Sequence[Task], references: Sequence[Sequence[Task]] = (
       'program_lines': statistics.fmean(map(program_lines, sources)),
       'program_nodes': statistics.fmean(map(nodes, sources)),
       'branches': statistics.fmean(map(branches, sources)),
-      'unreachable_share': statistics.fmean(map(program.has_unreachable, sources)),
+      'unreachable_share': statistics.fmean(map(identity.has_unreachable, sources)),
       'comment_share': statistics.fmean(map(comment_share, sources)),
       'comment_plan_share': statistics.fmean(map(has_comment_plan, sources)),
       'diversity': diversity(sources),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs as proposed: read, find and name `f`, clean up, hash. Source text is kept, comments too.
+"""Programs as proposed: read, find and name `f`, clean up. Source text is kept, comments too.
 
 Removing comments costs a lot of what self-play gains (azr_spec 10.6), so edits work on positions in
 the source; only the optional clean-up 'comments' goes through the syntax tree.
@@ -8,7 +8,6 @@ the source; only the optional clean-up 'comments' goes through the syntax tree.
 import ast
 from collections.abc import Sequence
 import dataclasses
-import hashlib
 import re
 import textwrap
 
@@ -170,28 +169,6 @@ def with_imports(source: str, lines: Sequence[str]) -> str:
   return '\n'.join([*missing, source])
 
 
-def key(kind: str, source: str, inputs: Sequence[str] = ()) -> str:
-  """Hash of a task; equal keys are duplicates.
-
-  Formatting, comments, docstrings, statements that are never reached or do nothing, and local names
-  of the program do not count: names it binds are replaced by their order of appearance. Text that
-  is no Python is hashed as it stands.
-  """
-  tree = text.parse(source)
-  said = source if tree is None else _canonical(tree)
-  data = '\0'.join((kind, said, *inputs)).encode('utf-8', 'surrogatepass')
-  return hashlib.sha256(data).hexdigest()[:32]
-
-
-def shape(source: str) -> str:
-  """A program without what `key` leaves out and without its constants' values: 1 is like 2.
-
-  Text that is no Python is left as it stands.
-  """
-  tree = text.parse(source)
-  return source if tree is None else _canonical(_NoConstants().visit(tree))
-
-
 def _parameters(main: ast.FunctionDef) -> set[str]:
   positional = [*main.args.posonlyargs, *main.args.args]
   return {a.arg for a in (*positional, *([main.args.vararg] if main.args.vararg else []))}
@@ -314,79 +291,6 @@ def _in_order(node: ast.AST):
     yield from _in_order(child)
 
 
-def _canonical(tree: ast.Module) -> str:
-  _drop_idle(tree)
-  # Left alone: f, imported names, and names that are also reached as attribute or keyword.
-  fixed, nodes = {'f'}, list(ast.walk(tree))
-  for node in nodes:
-    if isinstance(node, ast.alias):
-      fixed.add((node.asname or node.name).split('.')[0])
-    elif isinstance(node, ast.Attribute):
-      fixed.add(node.attr)
-    elif isinstance(node, ast.keyword) and node.arg:
-      fixed.add(node.arg)
-    elif isinstance(node, ast.Global | ast.Nonlocal):
-      fixed.update(node.names)
-  names = dict.fromkeys(name for name in bound_names(tree) if name not in fixed)
-  order = {name: f'<{i}>' for i, name in enumerate(names)}
-  for node in nodes:
-    for field in ('id', 'arg', 'name'):
-      value = getattr(node, field, None)
-      if isinstance(value, str) and not isinstance(node, ast.alias | ast.keyword):
-        setattr(node, field, order.get(value, value))
-  return _dump(tree)
-
-
-def _dump(value: object) -> str:
-  """What `ast.dump` says on Python 3.11, on any Python.
-
-  Later ones name fields of their own, leave out empty ones, or put empty strings into f-strings; a
-  key must not depend on that, since it decides which programs are on the test side.
-  """
-  if isinstance(value, ast.JoinedStr):
-    value = ast.JoinedStr([part for part in value.values if getattr(part, 'value', None) != ''])
-  if isinstance(value, list):
-    return f'[{", ".join(map(_dump, value))}]'
-  if not isinstance(value, ast.AST):
-    return repr(value)
-  fields = [f'{name}={_dump(field)}' for name, field in ast.iter_fields(value)
-            if not (field is None and getattr(type(value), name, ...) is None)
-            and not (name == 'type_params' and not field)]
-  return f'{type(value).__name__}({", ".join(fields)})'
-
-
-def has_unreachable(source: str) -> bool:
-  """Whether statements stand behind a return or the like: how a proposer varies an old program."""
-  tree = text.parse(source)
-  return tree is not None and _drop_idle(tree)
-
-
-def _drop_idle(tree: ast.AST) -> bool:
-  """Takes out statements that are never reached or do nothing; whether there were any of those."""
-  unreachable = False
-  for node in ast.walk(tree):
-    for field in ('body', 'orelse', 'finalbody'):
-      block = getattr(node, field, None)
-      if not block or not isinstance(block, list):
-        continue
-      end = next((i for i, statement in enumerate(block, 1) if _leaves(statement)), len(block))
-      unreachable |= end < len(block)
-      kept = [statement for statement in block[:end] if not _is_idle(statement)]
-      setattr(node, field, kept if kept or field != 'body' else [ast.Pass()])
-  return unreachable
-
-
-def _is_idle(statement: ast.stmt) -> bool:
-  return isinstance(statement, ast.Pass) or (
-      isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
-
-
-def _leaves(statement: ast.stmt) -> bool:
-  if isinstance(statement, ast.If):
-    return any(map(_leaves, statement.body)) and any(map(_leaves, statement.orelse))
-  return isinstance(statement, ast.Return | ast.Raise | ast.Break | ast.Continue)
-
-
 def _strip_docstrings(nodes: Sequence[ast.AST]) -> None:
   for node in nodes:
     body = getattr(node, 'body', None)
@@ -394,12 +298,6 @@ def _strip_docstrings(nodes: Sequence[ast.AST]) -> None:
     if isinstance(node, scopes) and body and isinstance(body[0], ast.Expr):
       if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
         node.body = body[1:] or [ast.Pass()]
-
-
-class _NoConstants(ast.NodeTransformer):
-
-  def visit_Constant(self, node):
-    return ast.Constant(type(node.value))      # not '', which `_dump` leaves out of f-strings
 
 
 class _NoPrints(ast.NodeTransformer):
