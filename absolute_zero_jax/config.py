@@ -41,7 +41,8 @@ def get_config() -> ConfigDict:
   c.model.tokenizer = ''
   # 'none', 'full', 'dots': what the backward pass recomputes.
   c.model.remat = 'full'
-  # Attention of training and prefill: 'xla' (any platform) or 'cudnn' (NVIDIA, 16 bits).
+  # Attention of training and prefill: 'xla' (any platform), 'cudnn' (NVIDIA, 16 bits) or 'splash'
+  # (TPU).
   c.model.attention = 'xla'
 
   # Who plays which part: 'policy' (trained) or 'base' (the weights at the start, frozen).

@@ -63,6 +63,12 @@ def _check_together(c: ConfigDict) -> None:
   axes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
   if axes.count(-1) > 1:
     raise ConfigError(f'mesh={tuple(axes)}: only one axis may be -1 (all devices that are left).')
+  if c.model.attention == 'cudnn' and c.model.dtype != 'bfloat16':
+    raise ConfigError(f"model.attention='cudnn' computes in 16 bits, not in model.dtype="
+                      f"{c.model.dtype!r}: set that to 'bfloat16', or model.attention='xla'.")
+  if c.model.attention == 'splash' and c.train.share_prompts:
+    raise ConfigError("model.attention='splash' cannot let responses share a prompt: set "
+                      "train.share_prompts=False, or model.attention='xla'.")
   if c.algorithm.kl_coef and c.roles.reference == 'none':
     raise ConfigError("algorithm.kl_coef > 0 needs a reference: set roles.reference='base'.")
   if c.selfplay.train_propose and c.roles.propose == 'base':
@@ -164,7 +170,7 @@ _CHECKS = {
     'model.dtype': _DTYPE,
     'model.param_dtype': _DTYPE,
     'model.remat': _one_of('none', 'full', 'dots'),
-    'model.attention': _one_of('xla', 'cudnn'),
+    'model.attention': _one_of('xla', 'cudnn', 'splash'),
     'roles.propose': _one_of('policy', 'base'),
     'roles.solve': _one_of('policy', 'base'),
     'roles.reference': _one_of('none', 'base'),

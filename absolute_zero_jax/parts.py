@@ -128,9 +128,17 @@ def learner(c: ConfigDict, model: Any, mesh: Any, algorithm: Any, optimizer: Any
 
 
 def mesh(c: ConfigDict) -> Any:
-  """The mesh of `config.mesh`; with `sampler.cpu_devices` on a CPU, over no more than it needs."""
+  """The mesh of `config.mesh`; with `sampler.cpu_devices` on a CPU, over no more than it needs.
+
+  Raises ConfigError where these devices do not have the attention that the config asks for.
+  """
   show_cpu_devices(c)
   devices, sizes = jax.devices(), c.mesh.to_dict()
+  needed = {'cudnn': 'gpu', 'splash': 'tpu'}.get(c.model.attention)
+  if needed and devices[0].platform != needed:
+    raise config_lib.ConfigError(
+        f'model.attention={c.model.attention!r} needs a {needed.upper()}, and JAX sees '
+        f"{devices[0].platform.upper()} devices; 'xla' works on any.")
   if _cpu_devices(c) and devices[0].platform == 'cpu':
     devices = devices[:math.prod(size for size in sizes.values() if size != -1)]
   return sharding.make_mesh(**sizes, devices=devices)

@@ -21,5 +21,5 @@ def get_config(arg=None):
   c.mesh.fsdp = -1
   c.mesh.data = 1
   c.mesh.tensor = 2 if a.gpu else 4
-  c.model.attention = 'cudnn' if a.gpu else 'xla'
+  c.model.attention = 'cudnn' if a.gpu else 'splash'
   return base.shrink(c) if a.smoke else c

@@ -81,6 +81,8 @@ def test_an_unknown_field_is_named_with_what_is_allowed():
     ({'train.length_buckets': (64,)}, 'length_buckets.* must reach'),
     ({'train.length_buckets': (512, 256)}, 'ascending'),
     ({'heldout.parts': ('same', 'same')}, 'heldout.parts.*each once'),
+    ({'model.attention': 'cudnn'}, "model.dtype='float32'.*'bfloat16'"),
+    ({'model.attention': 'splash', 'train.share_prompts': True}, 'train.share_prompts=False'),
     ({'selfplay.kind_batch': {'induktion': 4}}, "no kind that is played.*mean 'induction'"),
     ({'selfplay.kind_batch': {'induction': 0}}, 'kind_batch.induction=0 must be'),
     ({'pretrain.guess_steps': (5, 3)}, 'pretrain.guess_steps.*ascending'),
@@ -123,7 +125,7 @@ def test_model_configs_have_the_published_sizes_and_a_mesh_each(name, model, hel
     assert (c.optimizer.learning_rate, c.optimizer.schedule, c.train.steps) == (
         1e-6, 'constant', 500)
     assert c.selfplay.kind_options.rules.functions == helpers
-  assert (tpu.model.attention, gpu.model.attention) == ('xla', 'cudnn')
+  assert (tpu.model.attention, gpu.model.attention) == ('splash', 'cudnn')
   assert 'rules' not in module.get_config().selfplay.kind_options
 
 

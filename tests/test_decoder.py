@@ -2,6 +2,7 @@
 """The decoder against transformers, and against itself by another route."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import reference_models
 
+from absolute_zero_jax import sharding
 from absolute_zero_jax.models import attention, decoder, hf, rope
 from absolute_zero_jax.models.config import ModelConfig, RopeScaling
 
@@ -127,6 +129,36 @@ def test_long_rows_give_the_gradient_of_unchunked_attention():
                for f in (ours, plain)]
   for got, want in zip(*gradients):
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize('queries, segments', [
+    (20, [[1] * 13 + [0] * 7, [257] * 8 + [513] * 12]),
+    (130, [[1] * 200, [0] * 5 + [1] * 195])])                  # behind a prefix, in two tiles
+@pytest.mark.parametrize('shape', [None, (2, 1, 2), (1, 2, 4)])
+def test_splash_attention_is_the_attention_of_everywhere_else(queries, segments, shape):
+  """Interpreted on the CPU: the kernel, its gradient, and how a mesh splits it (2 kv heads)."""
+  r = np.random.default_rng(0)
+  segments = jnp.asarray(segments)
+  seen = segments.shape[1]
+  q, k, v = (jnp.asarray(r.standard_normal(s), jnp.float32)
+             for s in ((2, queries, 4, 8), (2, 2, 8, seen), (2, 2, seen, 8)))
+  counts_BT = segments[:, seen - queries:] > 0
+  mesh = None
+  if shape:
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[:math.prod(shape)])
+
+  @functools.partial(jax.jit, static_argnums=3)
+  def run(q, k, v, name):
+    def loss(q, k, v):
+      out = attention.attend(q, k, v, segments[:, seen - queries:], segments, implementation=name,
+                             mesh=mesh)
+      return jnp.sum(jnp.sin(out) * counts_BT[..., None, None]), out
+    return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+  (got, out), (want, plain) = run(q, k, v, 'splash'), run(q, k, v, 'xla')
+  np.testing.assert_allclose(out[counts_BT], plain[counts_BT], atol=1e-5)
+  assert np.isfinite(out).all()
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
 @pytest.mark.parametrize('queries, segments, packed', [

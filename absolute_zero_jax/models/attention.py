@@ -5,22 +5,28 @@ Letters: B sequences, T query tokens, S keys, N query heads, K kv heads, G = N/K
 C query chunk.
 """
 
+import functools
 import math
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from absolute_zero_jax import sharding
 
 # A segment number is GROUP * group + member. Member 0 is the part that all members of a group see.
 GROUP = 256
 MASKED = -1e30                  # finite, so that a row without any visible key stays free of NaN
 _QUERY_CHUNK = 128
 _MAX_CHUNKS = 16
+_SPLASH_TILE = 128              # of queries and of keys; a block is a few
+_SPLASH_BLOCK = 512
 
 
 def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array,
-           key_segments_BS: jax.Array, *, packed: bool = True,
-           implementation: str = 'xla') -> jax.Array:
+           key_segments_BS: jax.Array, *, packed: bool = True, implementation: str = 'xla',
+           mesh: Mesh | None = None) -> jax.Array:
   """Causal attention inside equal non-zero segments; the one call site of every kernel.
 
   A token of segment `GROUP * g + m` also sees the tokens of segment `GROUP * g` (g > 0) that stand
@@ -28,17 +34,18 @@ def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, segments_BT:
   such part.
 
   The T queries are the last T of the S keys' tokens. `packed` False promises that every row is one
-  segment with its padding behind it, of which a kernel may make use.
+  segment with its padding behind it, of which a kernel may make use. `mesh` is what the arrays are
+  split over, for kernels that the partitioner cannot split.
 
   Raises ValueError for an unknown implementation.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'attention={implementation!r} is unknown; allowed: {sorted(IMPLEMENTATIONS)}')
   return IMPLEMENTATIONS[implementation](q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS,
-                                         packed)
+                                         packed, mesh)
 
 
-def _attend_xla(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS, packed):
+def _attend_xla(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS, packed, mesh):
   """Masked matmuls in chunks of queries; each chunk reads only the keys up to its end."""
   B, T, N, H = q_BTNH.shape
   K = k_BKHS.shape[1]
@@ -128,7 +135,7 @@ def _unfold(x, C):
   return x.reshape(B, K, -1, C, H)
 
 
-def _attend_cudnn(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS, packed):
+def _attend_cudnn(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS, packed, mesh):
   """Flash attention of cuDNN; needs an NVIDIA GPU and a 16-bit dtype."""
   T, S = q_BTNH.shape[1], k_BKHS.shape[3]
   if packed or T < S:
@@ -142,7 +149,50 @@ def _attend_cudnn(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS, packed):
       implementation='cudnn')
 
 
-IMPLEMENTATIONS = {'xla': _attend_xla, 'cudnn': _attend_cudnn}
+def _attend_splash(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS, packed, mesh):
+  """Splash attention, JAX's Pallas kernel for TPUs; equal segments only, so no shared prompts."""
+  N, H, K = *q_BTNH.shape[2:], k_BKHS.shape[1]
+  q_BNTH = (q_BTNH * H**-0.5).transpose(0, 2, 1, 3)
+  k_BKSH = k_BKHS.swapaxes(2, 3)
+  args = q_BNTH, k_BKSH, v_BKSH, segments_BT, key_segments_BS
+  one = functools.partial(_splash, interpret=sharding.platform(mesh) == 'cpu')
+  if mesh is None:
+    return one(*args).transpose(0, 2, 1, 3)
+  if K % mesh.shape['tensor']:           # a shard of the queries needs its own keys
+    args = q_BNTH, *(jnp.repeat(x, N // K, 1) for x in (k_BKSH, v_BKSH)), *args[3:]
+  heads, rows = ('batch', 'heads', None, None), ('batch', None)
+  specs = tuple(sharding.partition(heads if x.ndim == 4 else rows, x.shape, mesh) for x in args)
+  out_BNTH = jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(
+      *args)
+  return out_BNTH.transpose(0, 2, 1, 3)
+
+
+def _splash(q_BNTH, k_BKSH, v_BKSH, segments_BT, key_segments_BS, *, interpret):
+  from jax.experimental.pallas.ops.tpu import splash_attention
+  T, S = q_BNTH.shape[2], k_BKSH.shape[2]
+  # What is added stands behind everything, where nothing looks at it.
+  q_BNTH, k_BKSH, v_BKSH = (_to_tiles(x, 2) for x in (q_BNTH, k_BKSH, v_BKSH))
+  segments = splash_attention.SegmentIds(
+      _to_tiles(segments_BT, 1), _to_tiles(key_segments_BS, 1))
+  N, long_T, long_S = q_BNTH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2]
+  mask = splash_attention.CausalMask((long_T, long_S), offset=S - T)
+  size_T, size_S = (math.gcd(n, _SPLASH_BLOCK) for n in (long_T, long_S))
+  kernel = splash_attention.make_splash_mha(
+      splash_attention.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1,
+      block_sizes=splash_attention.BlockSizes(
+          block_q=size_T, block_kv=size_S, block_q_dkv=size_T, block_kv_dkv=size_S,
+          block_q_dq=size_T, block_kv_dq=size_S),
+      residual_checkpoint_name='attention', interpret=interpret)
+  return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)[:, :, :T]
+
+
+def _to_tiles(x, axis):
+  pad = [(0, 0)] * x.ndim
+  pad[axis] = (0, -x.shape[axis] % _SPLASH_TILE)
+  return jnp.pad(x, pad)
+
+
+IMPLEMENTATIONS = {'xla': _attend_xla, 'cudnn': _attend_cudnn, 'splash': _attend_splash}
 
 
 def _allowed(segments_BT, key_segments_BS, offset):

@@ -104,7 +104,8 @@ class Block(nn.Module):
       v_BKSH = jnp.concatenate([prefix[1], v_BKSH], 2)
       key_segments_BS = jnp.concatenate([prefix_segments_BP, segments_BT], 1)
     out_BTNH = attention_lib.attend(q_BTNH, k_BKHS, v_BKSH, segments_BT, key_segments_BS,
-                                    packed=self.packed, implementation=self.attention)
+                                    packed=self.packed, implementation=self.attention,
+                                    mesh=self.mesh)
     x_BTD = x_BTD + self._out(out_BTNH)
     x_BTD = sharding.constrain(x_BTD + self._ffn(x_BTD), ('batch', None, None), self.mesh)
     return x_BTD, own if self.collect else None
