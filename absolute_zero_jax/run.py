@@ -104,6 +104,10 @@ class Run:
     self.tokenizer.check(self.model.vocab)
     self._say(f'model: {c.model.name}, {_count(decoder.param_specs(self.model)) / 1e6:.0f}M '
               f'parameters, {time.perf_counter() - start:.1f} s')
+    longest = c.sampler.max_prompt_tokens + parts.longest_response(c)
+    if longest > self.model.max_positions:
+      self._say(f'note: sampler.max_prompt_tokens and the longest response are {longest} tokens '
+                f'together; the model was made for {self.model.max_positions}')
 
     self.learner = parts.learner(c, self.model, self.mesh, algorithm, optimizer)
     self.sampler = parts.sampler(c, self.model, self.mesh, self.tokenizer)

@@ -66,7 +66,7 @@ def _declared_tokens(folder: pathlib.Path | None, config: dict[str, Any]) -> lis
   tokens = {}
   for text, index in _read_json(folder, 'added_tokens.json').items():
     tokens[text] = tokenizer_spec.added_token(int(index), text, special=False)
-  for index, token in config.get('added_tokens_decoder', {}).items():
+  for index, token in (config.get('added_tokens_decoder') or {}).items():
     entry = tokenizer_spec.added_token(int(index), token['content'], special=False)
     tokens[token['content']] = entry | {key: token[key] for key in entry if key in token}
   return sorted(tokens.values(), key=lambda token: token['id'])

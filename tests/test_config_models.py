@@ -72,6 +72,13 @@ def test_the_newer_spelling_of_rope_means_the_same(hf):
   assert ModelConfig.from_hf(old | {'rope_parameters': rope}) == ModelConfig.from_hf(hf)
 
 
+def test_two_spellings_of_rope_that_differ_are_refused():
+  both = LLAMA31_8B | {'rope_parameters': {'rope_theta': 5e5} | LLAMA31_8B['rope_scaling']}
+  assert ModelConfig.from_hf(both) == ModelConfig.from_hf(LLAMA31_8B)
+  with pytest.raises(ValueError, match='rope_scaling.*rope_parameters'):
+    ModelConfig.from_hf(both | {'rope_scaling': {'type': 'linear', 'factor': 2.0}})
+
+
 @pytest.mark.parametrize('name', ['Llama', 'Qwen2', 'Qwen3'])
 def test_transformers_reads_what_we_write(name):
   """Config objects of the installed transformers, through our form and back."""

@@ -135,6 +135,10 @@ def test_what_old_and_tied_checkpoints_repeat_is_ignored(tmp_path):
       'lm_head.weight': tensors['model.embed_tokens.weight'],
       'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(8, np.float32)})
   assert_equal_trees(hf.load(tmp_path)[1], params)
+  write_with_library(tmp_path, config, tensors | {
+      'lm_head.weight': tensors['model.embed_tokens.weight'] + 1})
+  with pytest.raises(ValueError, match='tie_word_embeddings to false'):
+    hf.load(tmp_path)
 
 
 def test_a_config_of_another_size_is_refused_before_reading(one, monkeypatch):

@@ -55,7 +55,7 @@ class ModelConfig:
   `embed` is the model width D, `ffn` the width F of the gated feed-forward layer, `heads` N,
   `kv_heads` K, `head_dim` H (not always embed / heads). `qkv_bias` is Qwen2's, `qk_norm` Qwen3's;
   `tied` models have no `unembed` table. `max_positions` is what the model was trained for; nothing
-  is allocated by it.
+  is allocated by it, and a run that goes beyond says so.
 
   Raises ValueError if a size is not a positive integer, or heads and head_dim do not fit.
   """
@@ -201,6 +201,10 @@ def _slides(hf: Mapping[str, Any], family: str) -> bool:
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   field = 'rope_parameters' if hf.get('rope_parameters') else 'rope_scaling'
   rope = hf.get(field) or {}
+  if field == 'rope_parameters' and hf.get('rope_scaling'):
+    older = _rope({name: value for name, value in hf.items() if name != field})[1]
+    if older != _rope({name: value for name, value in hf.items() if name != 'rope_scaling'})[1]:
+      raise _refusal('rope_scaling', hf['rope_scaling'], 'null, or what rope_parameters says')
   if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
     raise _refusal(field, rope, 'one flat object for all layers')
   theta = _number(rope, 'rope_theta', _number(hf, 'rope_theta', 10000.0))

@@ -95,7 +95,7 @@ def load(path: str | os.PathLike, *, config: ModelConfig | None = None, dtype=jn
   All names, shapes and file sizes are checked before the first tensor is read. `shardings` is a
   tree like the parameters; each leaf goes to its devices before the next is read. Without it the
   leaves stay on the default device. Float16, bfloat16, float32 and float64 sources are cast to
-  `dtype`. A tied model's own `lm_head.weight` is ignored, as in transformers.
+  `dtype`. A tied model may hold a copy of its embedding as `lm_head.weight`.
 
   Raises ValueError for anything missing, left over, truncated or of another shape.
   """
@@ -106,6 +106,12 @@ def load(path: str | os.PathLike, *, config: ModelConfig | None = None, dtype=jn
   config = ModelConfig.from_hf(folder) if config is None else config
   entries = table(folder)
   check(config, {name: entry.shape for name, entry in entries.items()}, folder)
+  if config.tied and 'lm_head.weight' in entries:
+    head, table_VD = (tensor_files.read(entries[name])
+                      for name in ('lm_head.weight', 'model.embed_tokens.weight'))
+    if not np.array_equal(head, table_VD):
+      raise ValueError(f'{folder}: config.json ties the output to the embedding, but '
+                       'lm_head.weight is another matrix; set tie_word_embeddings to false there')
   return config, assemble(config, lambda name: tensor_files.read(entries[name]), dtype=dtype,
                           shardings=shardings)
 
