@@ -12,6 +12,7 @@ import collections
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,7 +183,7 @@ class Answers:
     task, tools = self._tasks[sample.request], self._tools
     kind = self._kinds[task.kind]
     text, well_formed, body = _read(tools, Role.SOLVE, task.kind, sample)
-    parsed = kind.parse_answer(body) if well_formed else None
+    parsed = kind.parse_answer(body) if well_formed or body else None
     jobs = []
     if parsed is not None:
       if (sample.request, parsed) not in self._repeated:      # a weak policy repeats itself a lot
@@ -205,7 +206,8 @@ class Answers:
         attempt.verdicts = tuple(_result(f, self._rules) for f in jobs)
         attempt.answer = parsed
         attempt.accuracy = attempt.kind.accuracy(task, parsed, attempt.verdicts)
-        attempt.status = 'ok' if attempt.accuracy == 1 else _why_wrong(attempt.verdicts)
+        if well_formed:
+          attempt.status = 'ok' if attempt.accuracy == 1 else _why_wrong(attempt.verdicts)
       out[i].append(attempt)
     return out
 
@@ -251,7 +253,8 @@ def _stop_fn(tools: Tools, role: Role, names: Sequence[str], kinds: Sequence[str
   stops = {name: tools.prompts.stops(role, name) for name in names}
   if not any(stops.values()):
     return None
-  return lambda request, ids: tools.tokenizer.stop_position(ids, stops[kinds[request]])
+  return lambda request, ids: tools.tokenizer.stop_position(
+      ids, stops[kinds[request]], functools.partial(tools.prompts.ends, role, kinds[request]))
 
 
 def _turn(prompt_ids: tuple[int, ...], sample: Any, text: str) -> Turn:

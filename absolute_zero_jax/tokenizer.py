@@ -10,13 +10,14 @@ No torch, no transformers, no JAX.
 """
 
 import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import datetime
 import functools
 import itertools
 import json
 import os
 import pathlib
+import re
 import threading
 from typing import Any
 
@@ -180,24 +181,28 @@ class Tokenizer:
       ids = [index for index in ids if index not in self.special_ids]
     return [self._table[index] if index < self.vocab_size else b'' for index in ids]
 
-  def stop_position(self, ids: Sequence[int], stops: Iterable[str]) -> int | None:
+  def stop_position(self, ids: Sequence[int], stops: Iterable[str],
+                    accept: Callable[[str], bool] = lambda text: True) -> int | None:
     """How many of a response's `ids` to keep so that their text just contains one of `stops`.
 
     The smallest such number: the last kept token completes the stop text, and may hold characters
     beyond it. None if no stop text occurs. Special tokens count as their text. Empty texts raise.
+
+    Args:
+      accept: whether the text up to the end of a stop text is a whole response; if not, the next
+        one is looked for.
     """
     pieces = self.token_bytes(ids)
     data = b''.join(pieces)
-    ends = []
+    ends = set()
     for stop in stops:
       if not stop:
         raise ValueError('A stop text must not be empty.')
-      found = data.find(stop.encode())
-      if found >= 0:
-        ends.append(found + len(stop.encode()))
-    if not ends:
-      return None
-    return 1 + bisect.bisect_left(list(itertools.accumulate(map(len, pieces))), min(ends))
+      ends |= {found.end() for found in re.finditer(re.escape(stop.encode()), data)}
+    for end in sorted(ends):
+      if accept(data[:end].decode('utf-8', 'replace')):
+        return 1 + bisect.bisect_left(list(itertools.accumulate(map(len, pieces))), end)
+    return None
 
   def chat(self, messages: Sequence[Mapping[str, Any]], *,
            add_generation_prompt: bool = True) -> str:

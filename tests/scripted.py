@@ -76,7 +76,7 @@ class Sampler:
 
 def _response(prompt, rng):
   if rng.random() < 0.1:
-    return 'no answer</answer>'
+    return 'no</think> answer</answer>'
   role, kind, *rest = prompt.split(maxsplit=2)
   if role not in ('propose', 'solve'):                        # a kind that brings its own pages
     body = f'({rng.integers(100)} + 3) * 7 - 2'

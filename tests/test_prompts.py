@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt sets: rendering, stops, extraction, hashes, sets of one's own."""
 
+import functools
 import json
 
 import pytest
 
-from absolute_zero_jax import tasks
+from absolute_zero_jax import tasks, tokenizer
 from absolute_zero_jax.tasks import prompts
 from absolute_zero_jax.types import Role, Task
 
@@ -80,12 +81,29 @@ def test_think_prompts_open_the_thinking_and_stop_after_the_answer():
   assert given.stops(Role.SOLVE, 'deduction') == ('</answer>',)
   response = ' easy </think>\n<answer>\n```output\n12\n```\n</answer>'
   assert given.extract(Role.SOLVE, 'deduction', response) == (True, '```output\n12\n```')
-  assert given.extract(Role.SOLVE, 'deduction', ' easy <answer>12</answer>') == (False, '12')
+  assert given.extract(Role.SOLVE, 'deduction', ' easy <answer>12</answer>') == (False, '')
   assert given.extract(Role.SOLVE, 'deduction', 'no') == (False, '')
 
 
+@pytest.mark.parametrize(('response', 'kept'), [
+    ('so</think><answer>5</answer> and more', 'so</think><answer>5</answer>'),
+    ('in <answer>...</answer> tags</think><answer>5</answer>', None),
+    ('so</think><answer>```python\nx = "</answer>"\n```</answer>', None),
+    ('so</think> 5</answer> never mind', 'so</think> 5</answer>'),
+    ('an <answer>5</answer> without an end of thinking', '')])
+def test_a_response_is_cut_where_its_answer_ends(response, kept):
+  given, bytewise = prompts.load('think'), tokenizer.load('bytes')
+
+  def cut(given):
+    return bytewise.stop_position(bytewise.encode(response), given.stops('solve', 'deduction'),
+                                  functools.partial(given.ends, 'solve', 'deduction'))
+
+  assert cut(given) == (None if kept == '' else len(kept or response))
+  assert cut(prompts.load('think', rule='azr')) is None       # as the reference: EOS alone
+
+
 @pytest.mark.parametrize(('response', 'result'), [
-    (r'so \boxed{12}', (True, '12')), ('so 12', (False, 'so 12'))])
+    (r'so \boxed{12}', (True, '12')), ('so 12', (False, ''))])
 def test_boxed_wrapper(response, result):
   given = prompts.load('think', 'boxed')
   assert '\\boxed{}' in tasks.get('deduction').solve_prompt(TASK, given)

@@ -70,11 +70,13 @@ class Script:
     return [[samples[i, n] for n in range(count)] for i, (_, _, count) in enumerate(asked)]
 
 
-def _play(script, executor, *, steps=1, kinds=('deduction',), probes=0, **changes):
+def _play(script, executor, *, steps=1, kinds=('deduction',), probes=0,
+          rule='strict', **changes):
   tools = selfplay.Tools(
-      kinds=[tasks.get(k, probes=probes) for k in kinds], prompts=prompts_lib.load('think'),
-      tokenizer=script.tokenizer, sample=script.sample, submit=executor.submit,
-      rewards=rewards.get(), shape=lambda task: identity.shape(task.program))
+      kinds=[tasks.get(k, probes=probes) for k in kinds],
+      prompts=prompts_lib.load('think', rule=rule), tokenizer=script.tokenizer,
+      sample=script.sample, submit=executor.submit, rewards=rewards.get(),
+      shape=lambda task: identity.shape(task.program))
   rules = selfplay.Rules(**dict(
       batch=4, mc_samples=4, references=2, solve_source='fresh', draw='max_new', recent_steps=1,
       reference_draw='uniform', keep='all', refuse_duplicates=True, show_references=True,
@@ -105,6 +107,20 @@ def test_each_proposal_gets_its_status_and_reward(executor):
   assert rewards_ == [0.25, -1.0, -1.0, -1.0]
   assert buffer.sizes() == {'deduction': 2}                 # the zero triplet and the new one
   assert buffer.tasks('deduction')[1].cases == (('2', '3'),)
+
+
+@pytest.mark.parametrize('rule, rate, wanted', [('azr', 1.0, 0.0), ('strict', 0.5, 0.5)])
+def test_the_reference_measures_without_the_format_test(executor, rule, rate, wanted):
+  """Two right answers in four have a word between thinking and answer (azr_spec 7.2)."""
+  def answers(prompt, n):
+    return _answer(True)(prompt, n).replace('</think>', '</think> so ' if n % 2 else '</think>')
+
+  (result,), _ = _play(Script([GOOD % 1], answers), executor, rule=rule)
+  assert result.proposals[0].solve_rate == rate
+  assert [e.reward for e in result.episodes if e.role == Role.PROPOSE][0] == wanted
+  assert {a.status for a in result.measured} == {'ok', 'format'}
+  measured = [e.reward for e in result.episodes if e.role == Role.SOLVE and not e.train]
+  assert sorted(measured) == [-1.0, -1.0, 1.0, 1.0]
 
 
 def test_a_kind_may_have_a_batch_of_its_own(executor):

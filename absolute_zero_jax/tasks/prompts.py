@@ -100,8 +100,12 @@ class PromptSet:
     return self._split(outer)[1] + self._split(self.files.get(f'{_name(role)}_{kind}', ''))[1]
 
   def stops(self, role: Role | str, kind: str) -> tuple[str, ...]:
-    """Texts that end the response; they belong to it. () leaves the end to the EOS token."""
+    """Texts that may end the response; they belong to it. () leaves the end to the EOS token."""
     return self._format(role, kind).stops
+
+  def ends(self, role: Role | str, kind: str, response: str) -> bool:
+    """Whether a response is whole now that it has come to one of `stops`."""
+    return self.wrapper != 'answer' or text.answer_ends(self.prefix(role, kind) + response)
 
   def stop_at(self, role: Role | str, kind: str, response: str) -> int | None:
     """Characters of the response up to the end of the first stop text, or None: not there yet."""
@@ -111,6 +115,9 @@ class PromptSet:
   def extract(self, role: Role | str, kind: str, response: str,
               finished: bool = False) -> tuple[bool, str]:
     """(whether the response has the demanded form, the answer text that `parse_*` reads).
+
+    Without that form the answer is '' but under the rule 'azr' and with `boxed_retry`: such answers
+    earn what the reward says of their form, and still tell whether a task can be solved.
 
     Args:
       finished: the model ended the response itself (EOS), so a missing stop text is no cut. It
@@ -125,7 +132,7 @@ class PromptSet:
       return well_formed, answer
     if self.wrapper == 'boxed':
       answer = text.boxed(response)
-      return answer is not None, answer if answer is not None else response.strip()
+      return answer is not None, answer or ''
     end = self.stop_at(role, kind, response)
     stopped = end is not None
     if stopped:
@@ -135,8 +142,10 @@ class PromptSet:
     response = self.prefix(role, kind) + response
     if how.after:
       _, mark, response = response.rpartition(how.after)
-      return bool(mark) and (stopped or finished), how.opening + response + how.closing
-    return stopped or finished or not how.stops, how.opening + response + how.closing
+      well_formed = bool(mark) and (stopped or finished)
+    else:
+      well_formed = stopped or finished or not how.stops
+    return well_formed, how.opening + response + how.closing if well_formed else ''
 
   def references(self, kind: str, tasks: Sequence[Task], variant: int = 0,
                  like: str = '') -> str:
@@ -187,7 +196,9 @@ class PromptSet:
 
   def _format(self, role: Role | str, kind: str) -> Format:
     if self.wrapper in WRAPPERS_WITH_TAGS:
-      return Format((text.ANSWER_CLOSE,) if self.wrapper == 'answer' else ())
+      # The reference leaves the end to the EOS token.
+      return Format((text.ANSWER_CLOSE,) if (self.wrapper, self.rule) == ('answer', 'strict')
+                    else ())
     return self.formats.get(f'{_name(role)}_{kind}', Format())
 
   def _file(self, name: str) -> str:
@@ -280,11 +291,10 @@ def task_fields(task: Task) -> dict[str, str]:
 
 
 def _tagged_answer(response: str, rule: str) -> tuple[bool, str]:
-  loose = text.tagged(response, 'answer') or ''
   if rule == 'azr':
-    return text.is_well_formed_azr(response), loose.strip()
+    return text.is_well_formed_azr(response), (text.tagged(response, 'answer') or '').strip()
   answer = text.think_answer(response)
-  return answer is not None, loose.strip() if answer is None else answer
+  return answer is not None, answer or ''
 
 
 def _example(kind: str, row: dict) -> Task:

@@ -120,6 +120,19 @@ def think_answer(text: str) -> str | None:
   return None if ANSWER_OPEN in bare or ANSWER_CLOSE in bare else answer.strip()
 
 
+def answer_ends(text: str) -> bool:
+  """Whether the closing answer tag that a response has just written is the end of its answer.
+
+  Not inside the thinking, where tags may be talked about, and not inside a fenced program.
+  """
+  _, closed, rest = text.partition(THINK_CLOSE)
+  answer = rest.lstrip().removeprefix(ANSWER_OPEN).removesuffix(ANSWER_CLOSE)
+  longest = max((len(run) for run in re.findall(r'`{3,}', answer)), default=3)
+  # A fence that is still open ends here, with the tag inside.
+  after = f'{answer}\n{ANSWER_CLOSE}\n{"`" * longest}'
+  return bool(closed) and ANSWER_CLOSE in outside_fences(after)
+
+
 def is_well_formed_azr(text: str) -> bool:
   """The reference's format test: think block, blank, answer block, from the very first character.
 
