@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
   # generated programs; 'evaluate' one on held-out programs.
   c.command = 'selfplay'
   c.seed = 0
-  # The preset this config started from; part of every record. See `PRESETS`.
+  # The preset this config started from, for who reads the run's config.json. See `PRESETS`.
   c.preset = 'azr'
 
   c.model = ConfigDict()
@@ -161,7 +161,7 @@ def get_config() -> ConfigDict:
   c.sampler.max_prompt_tokens = 6144
   c.sampler.max_propose_tokens = 8096
   c.sampler.max_solve_tokens = 8096
-  c.sampler.temperature = 1.0
+  c.sampler.temperature = 1.0         # also of the distribution that the update trains
   c.sampler.top_k = 0       # 0 = off
   c.sampler.top_p = 1.0
   c.sampler.min_p = 0.0
@@ -239,7 +239,7 @@ def get_config() -> ConfigDict:
   c.optimizer = ConfigDict()
   c.optimizer.name = 'adamw'          # or 'muon', for pre-training
   c.optimizer.learning_rate = 1e-6
-  c.optimizer.warmup_steps = 0
+  c.optimizer.warmup_steps = 0        # optimizer steps, as in torch
   c.optimizer.schedule = 'constant'   # 'constant' or 'cosine' (to zero at train.steps)
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.999

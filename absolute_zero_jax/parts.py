@@ -106,10 +106,14 @@ def executor(c: ConfigDict) -> Any:
 
 
 def optimizer(c: ConfigDict) -> Any:
-  """AdamW with its schedule; clipping is the learner's."""
+  """AdamW with its schedule; clipping is the learner's.
+
+  The schedule counts optimizer steps, of which an iteration may have several.
+  """
   fields = {k: v for k, v in c.optimizer.to_dict().items()
             if k not in ('clip_norm', 'accumulate_dtype')}
-  return learner_lib.make_optimizer(steps=c.train.steps, **fields)
+  steps = c.train.steps * c.selfplay.updates * c.algorithm.epochs * c.algorithm.mini_batches
+  return learner_lib.make_optimizer(steps=steps, **fields)
 
 
 def learner(c: ConfigDict, model: Any, mesh: Any, algorithm: Any, optimizer: Any,
@@ -118,7 +122,8 @@ def learner(c: ConfigDict, model: Any, mesh: Any, algorithm: Any, optimizer: Any
   return learner_lib.of_decoder(
       model, optimizer, algorithm, mesh=mesh, dtype=c.model.dtype, remat=c.model.remat,
       attention=c.model.attention, old_logprobs=c.algorithm.old_logprobs,
-      mismatch_bound=c.algorithm.mismatch_bound, max_grad_norm=c.optimizer.clip_norm,
+      mismatch_bound=c.algorithm.mismatch_bound, temperature=c.sampler.temperature,
+      max_grad_norm=c.optimizer.clip_norm,
       accumulate_dtype=c.optimizer.accumulate_dtype, epochs=c.algorithm.epochs,
       mini_batches=c.algorithm.mini_batches, skip_zero_rows=c.algorithm.skip_zero_rows,
       pack=c.train.pack, share_prompts=c.train.share_prompts,

@@ -233,8 +233,11 @@ def draw_tasks(step: int, buffer, tools: Tools, rules: Rules, rng,
   for kind in tools.kinds:
     # Fresh tasks are already in the buffer, lagged ones of this step are not.
     window = rules.recent_steps - (rules.solve_source == 'fresh')
-    tasks = buffer.draw(kind.name, rng, rules.batch_of(kind.name) - (have or {}).get(kind.name, 0),
-                        step=step, strategy=rules.draw, recent_steps=window)
+    count = rules.batch_of(kind.name)
+    if have is not None:
+      count = max(0, -(-(count - have.get(kind.name, 0)) // rules.solve_samples))
+    tasks = buffer.draw(kind.name, rng, count, step=step, strategy=rules.draw,
+                        recent_steps=window)
     fitting = [t for t in tasks if phases.fits(kind, t, tools, rules)]
     if fitting:      # the batch stays full: rows that do not fit are replaced by ones that do
       extra = rng.integers(len(fitting), size=len(tasks) - len(fitting))

@@ -21,6 +21,7 @@ def get_config(arg=None):
   if a.preset != 'azr':               # its script accepts helper functions
     rules = c.selfplay.kind_options.rules
     rules.functions, rules.rename = 'any', 'any_last'
+    c.seeding.tasks = 64
   c.mesh.fsdp = -1
   c.mesh.data = 1
   c.mesh.tensor = 2 if a.gpu else 4

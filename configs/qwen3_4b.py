@@ -21,6 +21,8 @@ def get_config(arg=None):
   if a.preset != 'azr':               # its script accepts helper functions
     rules = c.selfplay.kind_options.rules
     rules.functions, rules.rename = 'any', 'any_last'
+  if a.preset == 'azr_main':
+    c.algorithm.aggregation_rows = 8
   c.mesh.fsdp = -1
   c.mesh.data = 1
   c.mesh.tensor = 2

@@ -13,12 +13,14 @@ import pathlib
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scripted
 
 from absolute_zero_jax import buffer as buffer_lib
-from absolute_zero_jax import config, parts, records, run, train
+from absolute_zero_jax import config, learner, parts, records, run, train
+from absolute_zero_jax.models import decoder
 from absolute_zero_jax.types import Role
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -181,6 +183,38 @@ def test_reuse_generates_only_what_is_short(make):
     config.validate(c)
 
 
+def test_reuse_counts_rows_where_a_task_gets_several(make):
+  c = make(selfplay__mc_use='reuse', selfplay__kinds=('deduction',), selfplay__mc_samples=1,
+           selfplay__solve_samples=3)
+  c.selfplay.batch = 12
+  (iteration,), _ = _play(c)
+  valid = sum(a.task is not None for a in iteration.result.proposals)
+  assert 0 < valid < 12
+  assert len(iteration.result.solved) == valid + 3 * -(-(12 - valid) // 3)
+
+
+def test_cosine_reaches_zero_at_the_last_optimizer_step(make):
+  c = make(optimizer__schedule='cosine', train__steps=3, selfplay__updates=2,
+           algorithm__mini_batches=2, algorithm__epochs=2)
+  tx, moved = parts.optimizer(c), []
+  state, x = tx.init(jnp.zeros(3)), jnp.zeros(3)
+  for _ in range(24 + 1):
+    change, state = tx.update(jnp.ones(3), state, x)
+    moved.append(float(jnp.abs(change).max()))
+  assert all(a > b > 0 for a, b in zip(moved[:23], moved[1:24])) and moved[24] == 0
+
+
+def test_the_update_trains_the_distribution_that_was_drawn_from(make):
+  ids = [5, 9, 7, 11, 13]
+  with run.Run(make(sampler__temperature=0.5)) as current:
+    row = learner.Row(ids[:2], ids[2:], [0.0] * 3, [0.0] * 3, 1.0, 'deduction', 'solve', 0)
+    params = current.state.params
+    got, = current.learner.logprobs(params, current.learner.prepare([row], params).parts[0])
+    logits_TV = decoder.logits(current.model, params, jnp.asarray([ids]))[0]
+  want_TV = jax.nn.log_softmax(logits_TV / 0.5, -1)
+  np.testing.assert_allclose(got[0, :3], [want_TV[t - 1, ids[t]] for t in (2, 3, 4)], atol=1e-5)
+
+
 def test_trained_monte_carlo_answers_share_the_group_of_their_task(make):
   (iteration,), _ = _play(make(selfplay__mc_use='train'))
   by_group = collections.defaultdict(set)
@@ -276,7 +310,7 @@ def test_generated_seeds_load_again_equal(make, tmp_path, capsys, monkeypatch):
       assert not any('#' in task.program for task in read)
     assert [t.program for t in current.buffer.tasks('deduction')] == [
         t.program for t in current.buffer.tasks('abduction')]
-  monkeypatch.setattr(scripted, '_response', lambda prompt, rng: 'no answer</answer>')
+  monkeypatch.setattr(scripted, '_response', lambda prompt, rng: 'no</think> answer</answer>')
   c = make(seeding__tasks=6, seeding__patience=2)
   c.command = 'seed'
   stream = io.StringIO()
