@@ -96,8 +96,9 @@ def get_config() -> ConfigDict:
   # False plays the proposer without training it (ablation).
   c.selfplay.train_propose = True
   # The Monte-Carlo answers: 'measure' only (reference); 'train' on them too; 'reuse': they are the
-  # solver's rows, and only what is short of `batch` rows per kind is generated. With the last two
-  # `trr_plus_plus` gives the solver prompt baselines (`trr_prompt`), role_estimators permitting.
+  # solver's rows, and one more task is drawn for each that is short of `batch` rows per kind. With
+  # the last two `trr_plus_plus` gives the solver prompt baselines (`trr_prompt`), role_estimators
+  # permitting.
   c.selfplay.mc_use = 'measure'
   # Answers to each task that is drawn; more than one give the solver's prompt baselines a group.
   c.selfplay.solve_samples = 1

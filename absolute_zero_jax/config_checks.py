@@ -4,8 +4,9 @@
 `config.validate` is the way in. Nothing here touches a device or a file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import difflib
+import math
 from typing import Any
 
 import ml_collections
@@ -22,7 +23,11 @@ def check(c: ConfigDict, reference: ConfigDict) -> None:
   _check_tree(c, reference, '')
   for field, (claim, allowed) in _CHECKS.items():
     value = get_field(c, field)
-    if not claim(value):
+    try:
+      holds = claim(value)
+    except TypeError:                    # an entry of a list cannot be compared
+      holds = False
+    if not holds:
       raise ConfigError(f'{field}={value!r} is impossible; allowed: {allowed}.')
   _check_together(c)
 
@@ -100,13 +105,26 @@ def _check_together(c: ConfigDict) -> None:
     raise ConfigError(f'train.length_buckets={tuple(c.train.length_buckets)} must reach {longest}: '
                       'the longest prompt and response that the sampler may make.')
   for kind, batch in c.selfplay.kind_batch.items():
-    if kind not in c.selfplay.kinds:
-      raise ConfigError(f'selfplay.kind_batch.{kind} is no kind that is played; allowed: '
-                        f'{", ".join(c.selfplay.kinds)}.{did_you_mean(kind, c.selfplay.kinds)}')
+    _check_key('selfplay.kind_batch', kind, c.selfplay.kinds, 'kind that is played')
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
       raise ConfigError(f'selfplay.kind_batch.{kind}={batch!r} must be an integer, 1 or more.')
+  for role, weight in c.algorithm.role_weights.items():
+    _check_key('algorithm.role_weights', role, ('propose', 'solve'), 'role')
+    if not _same_type(weight, 1.0) or weight < 0:
+      raise ConfigError(f'algorithm.role_weights.{role}={weight!r} must be a number, 0 or more.')
+  for role, estimator in c.algorithm.role_estimators.items():
+    _check_key('algorithm.role_estimators', role, ('propose', 'solve'), 'role')
+    if not isinstance(estimator, str):
+      raise ConfigError(f'algorithm.role_estimators.{role}={estimator!r} must be the name of an '
+                        'estimator.')
   if c.roles.solve == 'base':
     raise ConfigError("roles.solve='base' would leave nothing to train; allowed: 'policy'.")
+
+
+def _check_key(section: str, key: Any, allowed: Sequence[str], what: str) -> None:
+  if key not in allowed:
+    raise ConfigError(f'{section}.{key} is no {what}; allowed: {", ".join(allowed)}.'
+                      f'{did_you_mean(str(key), allowed)}')
 
 
 # Sections whose keys are free: their owners check them.
@@ -127,7 +145,8 @@ def _check_tree(c: ConfigDict, reference: ConfigDict, prefix: str) -> None:
       if name not in _OPEN:
         _check_tree(value, default, f'{name}.')
     elif not _same_type(value, default):
-      raise ConfigError(f'{name}={value!r} must be of type {type(default).__name__}, '
+      finite = 'finite ' if isinstance(default, float) else ''
+      raise ConfigError(f'{name}={value!r} must be of type {finite}{type(default).__name__}, '
                         f'like the default {default!r}.')
   for key in reference:
     if key not in c:
@@ -138,7 +157,7 @@ def _same_type(value: Any, default: Any) -> bool:
   if isinstance(default, bool) or isinstance(value, bool):
     return isinstance(value, bool) and isinstance(default, bool)
   if isinstance(default, float):
-    return isinstance(value, int | float)
+    return isinstance(value, int | float) and math.isfinite(value)
   if isinstance(default, tuple):
     return isinstance(value, tuple | list)
   return isinstance(value, type(default))
@@ -241,7 +260,8 @@ _CHECKS = {
     'train.steps': _at_least(1),
     'train.minutes': _at_least(0),
     'train.off_policy_steps': _between(0, 1),
-    'train.length_buckets': ((lambda x: list(x) == sorted(set(x)) and all(n >= 16 for n in x)),
+    'train.length_buckets': ((lambda x: list(x) == sorted(set(x)) and all(
+        isinstance(n, int) and n >= 16 for n in x)),
                              'ascending lengths of at least 16, or ()'),
     'train.micro_batch_tokens': _at_least(1),
     'pretrain.batch': _at_least(1),
@@ -255,7 +275,8 @@ _CHECKS = {
     'pretrain.think_prior': ((lambda x: 0 <= x < 1), '0 or more, less than 1'),
     'pretrain.prompt_weight': _between(0, 1),
     'pretrain.references': _at_least(0),
-    'pretrain.guess_steps': ((lambda x: list(x) == sorted(set(x)) and all(n >= 1 for n in x)),
+    'pretrain.guess_steps': ((lambda x: list(x) == sorted(set(x)) and all(
+        isinstance(n, int) and n >= 1 for n in x)),
                              'ascending steps of at least 1, or ()'),
     'pretrain.guess_count': _at_least(1),
     'heldout.seed': _between(0, 2**31 - 1),

@@ -5,32 +5,43 @@ Flags become a checked config, then `train.run` does the work. JAX is imported i
 a bad flag has been refused. A user's error is one paragraph and a non-zero exit status.
 """
 
+import ast
+import contextlib
 import importlib
 import pathlib
 import runpy
+import signal
 import sys
+import sysconfig
 import textwrap
+import traceback
 
 from absl import flags
 from ml_collections import config_flags
 
 from absolute_zero_jax import config as config_lib
+from absolute_zero_jax.executor import ExecutorError
 
 USAGE = """Trains a language model by Absolute Zero self-play.
 
   python -m absolute_zero_jax.main --config configs/smollm2.py --workdir runs/smollm2
 
 Any field of the config can be set: --config.train.steps=3 --config.selfplay.batch=8.
-absolute_zero_jax/config.py lists every field with its meaning; --dry_run prints the resolved one.
+absolute_zero_jax/config.py lists every field with its meaning; --dry_run prints the resolved one,
+--config FILE --help what the file says of itself and of its arguments.
 The same command on the same --workdir continues an interrupted run.
 """
 
 # Modules that define run(config, workdir), by `config.command`.
 _COMMANDS = {'selfplay': 'train', 'seed': 'train', 'pretrain': 'pretrain', 'evaluate': 'evaluate'}
+_REMOTE = ('gs', 's3')
+# Files of Python and of packages: an error that comes from there alone is not the user's code.
+_LIBRARIES = {pathlib.Path(sysconfig.get_path(name)).resolve()
+              for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')}
 _FLAGS = flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Config file, e.g. configs/smollm2.py, with arguments after a colon: '
-    'configs/smollm2.py:smoke.', lock_config=True, flag_values=_FLAGS)
+    'configs/smollm2.py:gpu.', lock_config=True, flag_values=_FLAGS)
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder for checkpoints, logs and records; local or remote (gs://...). '
     'Default: runs/NAME_OF_CONFIG.', flag_values=_FLAGS)
@@ -47,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     c, workdir = parse(argv)
     if c is None:
-      print(f'{USAGE}\nFlags:\n{_FLAGS.get_help()}')
+      print(f'{USAGE}\nFlags:\n{_FLAGS.get_help()}{_about(argv)}')
       return 0
     config_lib.validate(c)
   except (flags.Error, OSError, ValueError, KeyError, AttributeError, TypeError, SyntaxError) as e:
@@ -59,11 +70,13 @@ def main(argv: list[str] | None = None) -> int:
     # The module imports JAX.
     importlib.import_module(f'absolute_zero_jax.{_COMMANDS[c.command]}').run(c, workdir)
   except KeyboardInterrupt:
-    print(f'\nInterrupted. {_resume_hint(workdir)}', file=sys.stderr)
+    with contextlib.suppress(ValueError):          # not the main thread
+      signal.signal(signal.SIGINT, signal.SIG_IGN)   # what is left is to leave
+    print(f'\nInterrupted. {_resume_hint(workdir, again=True)}', file=sys.stderr)
     return 130
-  except (ValueError, OSError) as e:
+  except (ValueError, OSError, ImportError, ExecutorError) as e:
     # A truncated file, a wrong tokenizer, a full disk: the message says what and what to do.
-    return _fail(e, 1, _resume_hint(workdir))
+    return _fail(e, 1, f'{_place(e)}{_resume_hint(workdir, again=isinstance(e, OSError))}')
   return 0
 
 
@@ -80,7 +93,29 @@ def parse(argv: list[str]):
     raise ValueError('--config is missing, e.g. --config configs/smollm2.py. See --help.')
   name = config_flags.get_config_filename(_FLAGS['config']).partition(':')[0]
   stem = name.rpartition('/')[2].removesuffix('.py')
-  return _CONFIG.value, _WORKDIR.value or f'runs/{stem}'
+  workdir = _WORKDIR.value or f'runs/{stem}'
+  scheme, remote, _ = workdir.partition('://')
+  if remote and scheme not in _REMOTE:
+    raise ValueError(f'--workdir {workdir!r}: {scheme}:// is unknown; allowed: a local folder, '
+                     f'{", ".join(f"{name}://" for name in _REMOTE)}.')
+  return _CONFIG.value, workdir
+
+
+def _config_spec(args: list[str]) -> str | None:
+  """What --config is set to, file and arguments; None without it."""
+  spec = None
+  for i, arg in enumerate(args):
+    name, equals, value = arg.lstrip('-').partition('=')
+    if arg.startswith('-') and name == 'config':
+      spec = value if equals else (args[i + 1] if i + 1 < len(args) else '')
+  return spec
+
+
+def _about(argv: list[str]) -> str:
+  path = pathlib.Path((_config_spec(argv[1:]) or '').partition(':')[0])
+  if not path.is_file():
+    return ''
+  return f'\n{path}:\n\n{ast.get_docstring(ast.parse(path.read_text())) or ""}'
 
 
 def _check_config_flags(args: list[str]) -> None:
@@ -88,11 +123,7 @@ def _check_config_flags(args: list[str]) -> None:
 
   The flags library reports all three as tracebacks or without the field's full name.
   """
-  spec = None
-  for i, arg in enumerate(args):
-    name, equals, value = arg.lstrip('-').partition('=')
-    if arg.startswith('-') and name == 'config':
-      spec = value if equals else (args[i + 1] if i + 1 < len(args) else '')
+  spec = _config_spec(args)
   if spec is None:
     return
   path, _, file_arg = spec.partition(':')
@@ -104,6 +135,9 @@ def _check_config_flags(args: list[str]) -> None:
   c = module['get_config'](file_arg or None)
   for arg in args:
     field = arg.lstrip('-').partition('=')[0]
+    if arg.startswith('-') and field == 'config.preset':
+      raise ValueError('--config.preset would only rename what the file chose: give the preset to '
+                       f'the file, --config {path}:preset=NAME, if it takes one.')
     if arg.startswith('-') and field.startswith('config.'):
       config_lib.check_field(c, field.removeprefix('config.'))
 
@@ -118,11 +152,26 @@ def _fail(e: Exception, status: int, hint: str = '') -> int:
   return status
 
 
-def _resume_hint(workdir: str) -> str:
+def _place(e: Exception) -> str:
+  """Where an error comes from that passed through a file of the user's own."""
+  own = pathlib.Path(__file__).resolve().parent
+  for frame in reversed(traceback.extract_tb(e.__traceback__)):
+    path = pathlib.Path(frame.filename).resolve()
+    if path.is_file() and not path.is_relative_to(own) and not any(
+        path.is_relative_to(place) for place in _LIBRARIES):
+      return f'({path.name}:{frame.lineno}; --traceback shows more) '
+  return ''
+
+
+def _resume_hint(workdir: str, again: bool) -> str:
   folder = pathlib.Path(workdir) / 'checkpoints'
-  if '://' not in workdir and not (folder.is_dir() and any(folder.iterdir())):
+  try:
+    if '://' not in workdir and not (folder.is_dir() and any(folder.iterdir())):
+      return ''
+  except OSError:                        # no name of a folder
     return ''
-  return f'Finished iterations are safe in {workdir}; the same command continues there.'
+  return (f'Finished iterations are safe in {workdir}'
+          f'{"; the same command continues there" if again else ""}.')
 
 
 if __name__ == '__main__':

@@ -130,13 +130,25 @@ def plot(history: History) -> bytes:
   return out.getvalue()
 
 
-def main(argv: Sequence[str]) -> None:
-  """Prints the report of each workdir named."""
+def main(argv: Sequence[str]) -> int:
+  """Prints the report of each workdir named; returns the exit status: 0, 1 (failed), 2 (usage)."""
+  if not argv or {'-h', '--help'} & set(argv):
+    print('usage: python -m absolute_zero_jax.report WORKDIR...\n\nFirst and last held-out scores '
+          'of runs, and curves; the plot goes to WORKDIR/learning.png.')
+    return 0 if argv else 2
   for name in argv:
     workdir = epath.Path(name)
-    rows = metrics.read_history(workdir, sys.maxsize)
-    print(f'{name}: {len(rows)} rows\n\n{write(workdir, rows)}\n')
+    try:
+      rows = metrics.read_history(workdir, sys.maxsize)
+      if not rows:
+        raise ValueError(f'{name} holds no metrics.jsonl with finished iterations; give the '
+                         '--workdir of a run.')
+      print(f'{name}: {len(rows)} rows\n\n{write(workdir, rows)}\n')
+    except (ValueError, OSError) as e:
+      print(f'error: {e}', file=sys.stderr)
+      return 1
+  return 0
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  sys.exit(main(sys.argv[1:]))

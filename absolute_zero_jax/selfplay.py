@@ -19,6 +19,7 @@ Source: Absolute Zero (arXiv:2505.03335) Algorithm 1; spec section 1.2.
 import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -233,11 +234,8 @@ def draw_tasks(step: int, buffer, tools: Tools, rules: Rules, rng,
   for kind in tools.kinds:
     # Fresh tasks are already in the buffer, lagged ones of this step are not.
     window = rules.recent_steps - (rules.solve_source == 'fresh')
-    count = rules.batch_of(kind.name)
-    if have is not None:
-      count = max(0, -(-(count - have.get(kind.name, 0)) // rules.solve_samples))
-    tasks = buffer.draw(kind.name, rng, count, step=step, strategy=rules.draw,
-                        recent_steps=window)
+    tasks = buffer.draw(kind.name, rng, rules.batch_of(kind.name) - (have or {}).get(kind.name, 0),
+                        step=step, strategy=rules.draw, recent_steps=window)
     fitting = [t for t in tasks if phases.fits(kind, t, tools, rules)]
     if fitting:      # the batch stays full: rows that do not fit are replaced by ones that do
       extra = rng.integers(len(fitting), size=len(tasks) - len(fitting))
@@ -247,7 +245,14 @@ def draw_tasks(step: int, buffer, tools: Tools, rules: Rules, rng,
 
 def _episode(a: Attempt, step: int, scored: tuple[float, dict[str, float]], *,
              train: bool) -> Episode:
-  reward, parts = scored
+  try:
+    reward, parts = scored
+    finite = math.isfinite(reward)
+  except (TypeError, ValueError):
+    finite = False
+  if not finite:
+    raise ValueError(f'reward.name gave {scored!r} for {a.kind.name}, role {a.role.value}; it must '
+                     'give a finite number and a dict of its parts.')
   return Episode(role=a.role, kind=a.kind.name, step=step, group=a.group, turns=(a.turn,),
                  status=a.status, reward=float(reward), parts=parts, task=a.task, answer=a.answer,
                  train=train)

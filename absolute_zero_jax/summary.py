@@ -161,6 +161,8 @@ def step_line(step: int, steps: int, scalars: Mapping[str, float], kinds: Sequen
   if 'train/loss' in scalars:
     update = (f'loss {scalars["train/loss"]:+.4f}, grad {scalars["train/grad_norm"]:.2f}, '
               f'entropy {scalars["train/entropy"]:.2f}')
+  if scalars.get('train/skipped_updates'):
+    update = 'update skipped: its gradient is not finite'
   return (f'iteration {step}/{steps}: valid {rates("propose_{}/valid_rate")} | '
           f'solved {rates("solve_{}/accuracy")} | {update} | '
           f'{scalars["sampler/tokens_per_s"]:.0f} tok/s, {scalars["time/iteration"]:.1f} s')

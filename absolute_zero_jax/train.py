@@ -203,7 +203,7 @@ def _check_space(workdir, arrays) -> None:
   free = shutil.disk_usage(str(workdir)).free
   if free < need * 1.05:
     raise OSError(errno.ENOSPC, f'no space for a checkpoint in {workdir}: it needs '
-                  f'{need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. Free some, or lower '
+                  f'{need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. Free some, or lower '
                   'checkpoint.keep or set optimizer.moment_dtype=bfloat16')
 
 
@@ -217,6 +217,8 @@ def _interrupts():
   seen: list[int] = []
   def handler(number, _):
     seen.append(number)
+    for later in old:      # once is enough: another would break what cleans up
+      signal.signal(later, signal.SIG_IGN)
     raise KeyboardInterrupt
   def raise_lost():
     if seen:

@@ -4,6 +4,7 @@
 import importlib.util
 import pathlib
 
+import ml_collections
 import pytest
 
 from absolute_zero_jax import config
@@ -43,12 +44,22 @@ def test_shipped_configs_are_valid_and_documented(path):
     ('mesh.tensor', 0, '-1'),
     ('executor.min_isolation', 'none', "'standard'"),
     ('algorithm.old_logprobs', 'new', "'current'"),
+    ('reward.wrong_penalty', float('nan'), 'finite float'),
+    ('optimizer.clip_norm', float('inf'), 'finite float'),
+    ('train.length_buckets', ('a',), 'ascending'),
+    ('train.length_buckets', (512, 600.5), 'ascending'),
+    ('algorithm.role_weights', {'proposer': 0.1}, "mean 'propose'"),
+    ('algorithm.role_weights', {'solve': None}, '0 or more'),
+    ('algorithm.role_weights', {'solve': float('nan')}, '0 or more'),
+    ('algorithm.role_estimators', {'zzz': 'rloo'}, 'propose, solve'),
+    ('algorithm.role_estimators', {'solve': None}, 'name of an estimator'),
+    ('selfplay.kind_batch', {1: 2}, 'no kind that is played'),
 ])
 def test_an_impossible_value_is_named(field, value, words):
   c = config.get_config()
   section, _, name = field.rpartition('.')
   with c.unlocked(), c.ignore_type():
-    c[section][name] = value
+    c[section][name] = ml_collections.ConfigDict(value) if isinstance(value, dict) else value
   with pytest.raises(config.ConfigError) as e:
     config.validate(c)
   assert field in str(e.value) and words in str(e.value)

@@ -27,6 +27,8 @@ def _run(*args):
     (('--config', 'configs/smoke.py', '--config.train.steps=0'), 'train.steps=0 is impossible'),
     (('--confi', 'configs/smoke.py'), 'Did you mean'),
     (('--config', 'configs/smoke.py', 'stray'), 'is no flag'),
+    (('--config', 'configs/smoke.py', '--config.preset=azr_paper'), 'configs/smoke.py:preset=NAME'),
+    (('--config', 'configs/smoke.py', '--workdir', 'zz://x'), 'gs://, s3://'),
 ])
 def test_a_bad_command_line_is_one_paragraph(args, words):
   out = _run(*args)
@@ -42,12 +44,24 @@ def test_help_and_dry_run_import_no_jax():
           'assert not [m for m in sys.modules if m.split(".")[0] in ("jax", "flax")]; '
           'sys.exit(status)')
   for args, words in [(['--help'], '--workdir'),
+                      (['--config', 'configs/tiny.py', '--help'], 'control=NAME'),
                       (['--config', 'configs/smoke.py', '--dry_run', '--config.train.steps=7'],
                        'steps: 7')]:
     out = subprocess.run([sys.executable, '-c', code, *args], cwd=ROOT, capture_output=True,
                          text=True, timeout=120)
     assert out.returncode == 0, out.stderr
     assert words in out.stdout
+
+
+def test_an_error_of_the_users_own_code_says_where(tmp_path, monkeypatch, capsys):
+  (tmp_path / 'mine_raises.py').write_text('def reward(**fields):\n  raise ValueError("not mine")\n')
+  monkeypatch.syspath_prepend(tmp_path)
+  argv = ['x', '--config', str(ROOT / 'configs/smoke.py'), '--workdir', str(tmp_path / 'run'),
+          '--config.reward.name=mine_raises:reward']
+  monkeypatch.setattr(sys, 'argv', argv)
+  assert main.main(argv) == 1
+  text = ' '.join(capsys.readouterr().err.split())
+  assert 'not mine' in text and 'mine_raises.py:2; --traceback' in text
 
 
 def test_every_command_of_the_config_has_its_module():

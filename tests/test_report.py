@@ -52,6 +52,13 @@ def test_curves_start_and_end_with_the_values():
   assert reward[2:] == ['0.02', report.sparkline(range(25)), '0.5']
 
 
+@pytest.mark.parametrize('args, status, words', [
+    ([], 2, 'usage:'), (['--help'], 0, 'usage:'), (['nowhere'], 1, 'no metrics.jsonl')])
+def test_the_command_line(args, status, words, capsys):
+  assert report.main(args) == status
+  assert words in ''.join(capsys.readouterr())
+
+
 def test_sparklines():
   assert report.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == '▁▂▃▄▅▆▇█'
   assert report.sparkline([5, 5]) == '▁▁' and report.sparkline([]) == ''

@@ -183,16 +183,6 @@ def test_reuse_generates_only_what_is_short(make):
     config.validate(c)
 
 
-def test_reuse_counts_rows_where_a_task_gets_several(make):
-  c = make(selfplay__mc_use='reuse', selfplay__kinds=('deduction',), selfplay__mc_samples=1,
-           selfplay__solve_samples=3)
-  c.selfplay.batch = 12
-  (iteration,), _ = _play(c)
-  valid = sum(a.task is not None for a in iteration.result.proposals)
-  assert 0 < valid < 12
-  assert len(iteration.result.solved) == valid + 3 * -(-(12 - valid) // 3)
-
-
 def test_cosine_reaches_zero_at_the_last_optimizer_step(make):
   c = make(optimizer__schedule='cosine', train__steps=3, selfplay__updates=2,
            algorithm__mini_batches=2, algorithm__epochs=2)
