@@ -54,7 +54,8 @@ def test_help_and_dry_run_import_no_jax():
 
 
 def test_an_error_of_the_users_own_code_says_where(tmp_path, monkeypatch, capsys):
-  (tmp_path / 'mine_raises.py').write_text('def reward(**fields):\n  raise ValueError("not mine")\n')
+  (tmp_path / 'mine_raises.py').write_text(
+      'def reward(**fields):\n  raise ValueError("not mine")\n')
   monkeypatch.syspath_prepend(tmp_path)
   argv = ['x', '--config', str(ROOT / 'configs/smoke.py'), '--workdir', str(tmp_path / 'run'),
           '--config.reward.name=mine_raises:reward']
