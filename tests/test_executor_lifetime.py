@@ -104,6 +104,21 @@ def test_a_unit_that_keeps_losing_workers_is_given_up():
     assert started.run([Job('run', 'def f(x):\n  return x', ('1',))])[0].status is Status.OK
 
 
+def test_a_job_that_keeps_killing_supervisors_is_given_up_alone():
+  with Executor(workers=2, score_timeout_s=30.0) as started:
+    deadly = started.submit(Job('run', _LOOP, ('1',)))
+    program = 'def f(x):\n  s = 0\n  for i in range(3000000): s += i\n  return x'
+    others = [started.submit(Job('run', program, (str(i),))) for i in range(12)]
+    while not deadly.done():
+      pid = _supervisor(started)
+      if started.stats().get('running') and not deadly.done():
+        os.kill(pid, signal.SIGKILL)
+        _wait_until(lambda p=pid: _supervisor(started) != p)
+    assert deadly.result().status is deadly.result().runs[0].status is Status.CRASHED
+    assert {f.result(60).status for f in others} == {Status.OK}
+    assert started.stats()['supervisor_restarts'] == 3
+
+
 def test_close_leaves_no_process_and_open_futures_fail():
   started = Executor(workers=2)
   pids = _descendants(_supervisor(started)) | {_supervisor(started)}

@@ -13,6 +13,7 @@ from absolute_zero_jax import executor as room
 from absolute_zero_jax.executor import child, Executor, QueueFull
 from absolute_zero_jax.types import Job, Status
 
+_F = 'def f(x):\n  return x\n'
 _LOOP = 'def f(x):\n  while True: pass\n'
 pytestmark = pytest.mark.skipif(
   not os.path.isdir('/proc/self'), reason='looks at processes through /proc'
@@ -350,6 +351,22 @@ def test_modules_of_a_longer_list_are_held_ready():
   with Executor(workers=2, modules=['datetime', 'no_such_module']) as started:
     [verdict] = started.run([Job('run', program, ('2',))])
   assert verdict.runs[0].output == "'2000-01-02'"
+
+
+@pytest.mark.parametrize(
+  'result, error',
+  [
+    ('return range(10**30 + x)', ''),  # len() of it raises OverflowError
+    ('__import__("posix").write(3, b"\\3\\0\\0\\0[1]")', 'malformed report'),
+    ('__import__("posix").write(3, b\'\\17\\0\\0\\0[{"a":1,"b":2}]\')', 'malformed report'),
+  ],
+)
+def test_no_report_ends_the_service(result, error):
+  with Executor(workers=2, policy=False) as started:
+    jobs = [Job('run', f'def f(x):\n  {result}', ('1',), ('2',)), Job('validate', _F, ('1',))]
+    verdicts = started.run(jobs)
+    assert [v.error for v in verdicts] == [error, '']
+    assert started.stats()['supervisor_restarts'] == 0
 
 
 def test_a_program_that_keeps_writing_is_stopped():

@@ -331,3 +331,19 @@ def test_whatever_a_child_writes_ends_in_a_verdict(parts):
       for more in trial.take():
         trial.feed(more, reports.Report((), Status.CRASHED))
   assert len(trial.verdict.runs) == 3 and not any(run.matches for run in trial.verdict.runs)
+
+
+def test_a_fault_of_the_verifier_costs_one_job(monkeypatch):
+  def fail(*_):
+    raise OverflowError
+
+  trial = _trial(Job('run', _F, tuple(map(str, range(100)))))  # two processes
+  monkeypatch.setattr(verify, '_matches', fail)
+  bad = _trial(Job('run', _F, ('1',), ('2',)))
+  assert _drive(bad, [_value(1)])[0].status is Status.CRASHED
+  assert bad.verdict.runs[0].error == 'fault of the verifier: OverflowError'
+  monkeypatch.setattr(verify.Trial, '_settle', fail)
+  first, second = trial.take()
+  for unit in (first, second):
+    trial.feed(unit, reports.Report((reports.understand(b'[["v",["i",1]]]', unit),), Status.OK))
+  assert trial.verdict.status is Status.CRASHED and len(trial.verdict.runs) == 100

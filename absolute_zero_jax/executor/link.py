@@ -2,9 +2,11 @@
 """The connection to one supervisor after another: starts it, sends jobs, resolves futures.
 
 A supervisor that dies is replaced and gets every open job again; a number per job makes sure that
-each future is resolved once.
+each future is resolved once. Jobs that were open at two deaths go to the next one alone, one after
+the other: the job that it then dies of is `crashed`, and costs no other.
 """
 
+from collections import deque
 import concurrent.futures
 import dataclasses
 import itertools
@@ -18,12 +20,14 @@ import threading
 import time
 
 from absolute_zero_jax.executor import fence, wire
-from absolute_zero_jax.types import Job
+from absolute_zero_jax.types import Job, Run, Status, Verdict
 
 _BOOT = ('import sys; sys.path.insert(0, sys.argv[1]); '
          'from absolute_zero_jax.executor import supervisor; supervisor.main(sys.argv[2:])')
 _START_TIMEOUT_S = 60.0
-_MAX_RESTARTS = 5           # in a row, without one verdict in between
+_MAX_RESTARTS = 20          # in a row, without one verdict in between
+_MAX_STARTS = 5             # attempts at each of them
+_SUSPECT_DEATHS, _MAX_DEATHS = 2, 3      # of supervisors that had the job
 BATCH = 64                  # jobs per message
 
 
@@ -68,6 +72,7 @@ class _Pending:
   def __init__(self, job: Job, priority: int):
     self.future: concurrent.futures.Future = concurrent.futures.Future()
     self.priority, self.fields = priority, wire.from_job(job)
+    self.deaths = 0
     self.size = 200 + len(job.program) + sum(map(len, job.inputs)) + sum(map(len, job.expected))
 
 
@@ -79,6 +84,7 @@ class Link:
     self._options, self._max_pending, self._max_bytes = options, max_pending, max_bytes
     self._numbers = itertools.count()
     self._pending: dict[int, _Pending] = {}
+    self._suspects: deque[int] = deque()         # of the pending, those not sent yet
     self._bytes = 0
     self._room = threading.Condition()           # guards _pending, _bytes
     self._send_lock = threading.Lock()
@@ -233,14 +239,25 @@ class Link:
         event.set()
     for number, fields in message.get('verdicts', ()):
       self._restarts = 0
-      with self._room:
-        entry = self._pending.pop(number, None)
-        if entry is None:
-          continue
-        self._bytes -= entry.size
-        self._room.notify_all()
-      if entry.future.set_running_or_notify_cancel():
-        entry.future.set_result(wire.to_verdict(fields))
+      entry = self._resolve(number, wire.to_verdict(fields))
+      if entry and entry.deaths >= _SUSPECT_DEATHS:
+        self._send_suspect()
+
+  def _resolve(self, number: int, verdict: Verdict) -> _Pending | None:
+    with self._room:
+      entry = self._pending.pop(number, None)
+      if entry is None:
+        return None
+      self._bytes -= entry.size
+      self._room.notify_all()
+    if entry.future.set_running_or_notify_cancel():
+      entry.future.set_result(verdict)
+    return entry
+
+  def _send_suspect(self) -> None:
+    if self._suspects:
+      number = self._suspects.popleft()
+      self._send_jobs([(number, self._pending[number])])
 
   def _restart(self) -> wire.Inbox | None:
     """Another supervisor in place of one that died, with every open job sent again."""
@@ -249,13 +266,10 @@ class Link:
     self._total_restarts += 1
     # Should the text of a program have crashed the compiler, it will crash its own process next.
     self._options['compiles'] = False
-    for attempt in itertools.count():
+    self._count_deaths()
+    self._restarts += 1
+    for attempt in range(_MAX_STARTS if self._restarts <= _MAX_RESTARTS else 0):
       if self._closing:
-        return None
-      self._restarts += 1
-      if self._restarts > _MAX_RESTARTS:
-        self._fail(ExecutorError(f'The executor\'s supervisor died {_MAX_RESTARTS} times without a '
-                                 'verdict; its error is on standard error.'))
         return None
       time.sleep(min(2.0, 0.1 * attempt))
       with self._send_lock:
@@ -266,11 +280,27 @@ class Link:
           continue
         with self._room:
           again = sorted(self._pending.items())
+        self._suspects = deque(n for n, e in again if e.deaths >= _SUSPECT_DEATHS)
+        again = [(n, e) for n, e in again if e.deaths < _SUSPECT_DEATHS]
         for start in range(0, len(again), BATCH):
           part = again[start:start + BATCH]
           self._send(wire.pack({'jobs': [[n, e.priority, e.fields] for n, e in part]}))
-        return inbox
+      self._send_suspect()
+      return inbox
+    self._fail(ExecutorError('The executor\'s supervisor keeps dying without a verdict, or does '
+                             'not start any more; its error is on standard error.'))
     return None
+
+  def _count_deaths(self) -> None:
+    unsent = set(self._suspects)
+    with self._room:
+      sent = [(n, e) for n, e in self._pending.items() if n not in unsent]
+    for number, entry in sent:
+      entry.deaths += 1
+      if entry.deaths >= _MAX_DEATHS:
+        error = f'lost {_MAX_DEATHS} supervisors'
+        runs = tuple(Run(Status.CRASHED, error=error) for _ in entry.fields[2])
+        self._resolve(number, Verdict(Status.CRASHED, runs, error=error))
 
   def stats(self) -> dict[str, float]:
     event, slot = threading.Event(), []

@@ -89,6 +89,8 @@ def _head(claim: Any) -> str:
 
 
 def _outcome(claim: Any, expect_error: bool) -> Outcome:
+  if type(claim) is not list:
+    return Outcome(Status.CRASHED, error='malformed report')
   head = _head(claim)
   if head == 'r' and expect_error and len(claim) == 1:
     return Outcome(Status.OK, 'NoError')

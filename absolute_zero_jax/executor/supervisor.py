@@ -54,9 +54,8 @@ class Supervisor:
     self._announced = self._closed = False
     self._verdicts: list = []
     self._count, self._latency_s = Counter(), deque(maxlen=4096)
-    self._busy_s, self._began = 0.0, time.monotonic()
-    self._next_tick = self._next_flush = 0.0
-    self._parent = os.getppid()
+    self._busy_s = self._next_tick = self._next_flush = 0.0
+    self._began, self._parent = time.monotonic(), os.getppid()
 
   def run(self) -> None:
     self._poller.watch(self._client, poller.READ, None)
@@ -337,8 +336,9 @@ class Supervisor:
     self._in_flight.pop(work.unit, None)
     waiting, work.waiting = work.waiting, []
     for request in waiting:
-      request.trial.feed(work.unit, report)
-      self._advance(request)
+      if request.trial.verdict is None:        # or a fault has ended it meanwhile
+        request.trial.feed(work.unit, report)
+        self._advance(request)
 
   # Time.
 

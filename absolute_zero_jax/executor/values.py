@@ -227,8 +227,8 @@ def _source(v: Any, show_float, *, sort_dicts: bool) -> str:
     if show_float is _show_float and _has_literal(v):
       return repr(v)
     return f'complex({show_float(v.real)}, {show_float(v.imag)})'
-  if t is range and sort_dicts:        # equal ranges produce the same numbers
-    return f'range:{v[0]}:{v[-1]}:{v.step if len(v) > 1 else 0}' if v else 'range:'
+  if t is range and sort_dicts:        # equal ranges have the same numbers; len() may fail
+    return f'range:{v[0]}:{v[-1]}:{v.step if v[1:] else 0}' if v else 'range:'
   return repr(v)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import dataclasses
 import functools
 import hashlib
+import traceback
 from typing import Any
 
 from absolute_zero_jax.executor import literals, policy, reports, values
@@ -81,7 +82,7 @@ class Trial:
     self._places: dict[reports.Unit, list[int]] = {}
     self._deaths, self._wall_s, self._cpu_s = 0, 0.0, 0.0
     self._second_look = False
-    self._start()
+    self._safely(self._start)
 
   def take(self) -> list[reports.Unit]:
     """Units to run now; each must be fed back once."""
@@ -181,6 +182,20 @@ class Trial:
 
   def feed(self, unit: reports.Unit, report: reports.Report) -> None:
     """Takes the report of a unit that `take` returned."""
+    if self.verdict is None:
+      self._safely(self._feed, unit, report)
+
+  def _safely(self, step, *args) -> None:
+    """Takes a step; whatever goes wrong in it costs this job, and not those beside it."""
+    try:
+      step(*args)
+    except Exception as e:
+      traceback.print_exc()
+      error = f'fault of the verifier: {type(e).__name__}'
+      runs = tuple(Run(Status.CRASHED, error=error) for _ in self._job.inputs)
+      self._units, self.verdict = [], Verdict(Status.CRASHED, runs, error=error)
+
+  def _feed(self, unit: reports.Unit, report: reports.Report) -> None:
     part = self._places[unit].pop()
     if not self._places[unit]:
       del self._places[unit]

@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import time
+import traceback
 
 from absolute_zero_jax.executor import child, poller, reports, values, verify, zygote
 from absolute_zero_jax.types import Status
@@ -129,7 +130,9 @@ class Child:
         self.frames, self.end = [values.load_frame(data)], Status.OK
         return
       self.frames.append(reports.understand(data, self.unit))
-    except values.ValuesError:
+    except Exception as e:
+      if not isinstance(e, values.ValuesError):
+        traceback.print_exc()        # ours; but one hostile frame must not end the service
       self.end, self.error = Status.CRASHED, 'malformed report'
       return
     if len(self.frames) == len(self.unit.inputs) or self.frames[0].load_failed:
