@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Composite proposals: schedule, drawing, and the check that f builds on what it was given."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -69,6 +71,13 @@ def test_a_composite_proposal_goes_the_whole_way():
   assert isinstance(scope['f'](12), int)
   assert proposal.extra['composite_functions'] == [part.program for part in parts]
   assert 'g_' not in kind.propose_prompt(plain, prompts.load('think'))
+
+
+def test_more_parts_than_a_program_may_hold_are_data():
+  parts = [dataclasses.replace(p, program=p.program + '#' * 9000) for p in _parts(4)]
+  answer = '```python\ndef f(x):\n  return ' + ' + '.join(f'g_{i}(x)' for i in range(4))
+  found = tasks.get('error').parse_proposal(answer + '\n```\n```input\n3\n```', parts)
+  assert found == 'program_too_long'
 
 
 def test_composites_do_not_nest_and_names_do_not_collide():

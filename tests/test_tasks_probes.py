@@ -71,6 +71,10 @@ def test_errors_are_not_probed(service):
   assert not task.independent and task.output == 'NoError'
 
 
+def test_an_integer_that_grows_too_long_is_not_changed():
+  assert len(probes.inputs('9' * 4299, 3)) == 3 and probes.inputs('9' * 4300, 3) == ()
+
+
 def test_one_value_says_nothing():
   ok, bad = Run(Status.OK, '1', '5'), Run(Status.ERROR, '2')
   assert not probes.independent([ok, bad]) and probes.independent([ok, bad, ok])

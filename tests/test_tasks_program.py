@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
-from absolute_zero_jax.tasks import identity, program
+from absolute_zero_jax.tasks import identity, program, text
 
 A_THEN_B = 'def a(x):\n  return b(x)\ndef b(x):\n  return x\n'
 F_LAST = 'def g(x):\n  return x\ndef f(x):\n  return g(x)'
@@ -161,6 +161,18 @@ def test_key_covers_kind_and_inputs_and_odd_text():
   assert len({identity.key('k', SAME), identity.key('l', SAME), identity.key('k', SAME, ['1']),
               identity.key('k', SAME, ['2']), identity.key('k', 'no python ('),
               identity.key('k', '"\ud800"')}) == 6
+
+
+@pytest.mark.parametrize('body', [
+    'return x & 0x' + 'f' * 4000,          # too many digits to print
+    "return f\"{x.split('\u200b')[0]}\"",          # no way to quote it, before 3.12
+    'return f"""{f\'\'\'\n{x[1]}\'\'\'=}"""',          # printed as no Python, likewise
+])
+def test_what_python_reads_and_does_not_print_is_data(body):
+  source = 'def f(x):\n  ' + body
+  assert identity.key('k', source) and _prepare(source).source == source
+  found = _prepare(source, clean=('comments',))
+  assert found == 'syntax' or text.parse(found.source)
 
 
 def test_a_renamed_method_is_another_program():

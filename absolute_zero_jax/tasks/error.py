@@ -36,7 +36,10 @@ class Error(deduction.Deduction):
     found = super().parse_proposal(answer, references)
     if isinstance(found, str):
       return found
-    kinds = {type(node).__name__.lower() for node in ast.walk(text.parse(found.program))}
+    tree = text.parse(found.program)
+    if tree is None:       # with the functions it builds on
+      return 'program_too_long'
+    kinds = {type(node).__name__.lower() for node in ast.walk(tree)}
     return 'banned_statement' if kinds & set(self.banned_statements) else found
 
   def validation_jobs(self, proposal: program.Proposal) -> list[Job]:

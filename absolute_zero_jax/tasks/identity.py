@@ -70,7 +70,8 @@ def _dump(value: object) -> str:
   if isinstance(value, list):
     return f'[{", ".join(map(_dump, value))}]'
   if not isinstance(value, ast.AST):
-    return repr(value)
+    # Python prints no integer of more than 4,300 digits.
+    return hex(value) if type(value) is int and value.bit_length() > 14_000 else repr(value)
   fields = [f'{name}={_dump(field)}' for name, field in ast.iter_fields(value)
             if not (field is None and getattr(type(value), name, ...) is None)
             and not (name == 'type_params' and not field)]

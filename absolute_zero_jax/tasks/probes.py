@@ -17,13 +17,14 @@ from absolute_zero_jax.types import Run, Status
 def inputs(arguments: str, count: int) -> tuple[str, ...]:
   """Up to `count` argument lists of the same types as `arguments`, unlike it and each other.
 
-  None at all where nothing can be changed (say, `None`), or the list is no plain literal.
+  None at all where nothing can be changed (say, `None`), the list is no plain literal, or a changed
+  integer is too long to print.
   """
   try:
     values = ast.literal_eval(f'({arguments},)')
+    texts = [', '.join(repr(_changed(v, way)) for v in values) for way in range(count)]
   except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
     return ()
-  texts = (', '.join(repr(_changed(v, way)) for v in values) for way in range(count))
   return tuple(dict.fromkeys(t for t in texts if t != arguments))
 
 

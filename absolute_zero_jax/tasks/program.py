@@ -117,8 +117,14 @@ def prepare(source: str, rules: Rules) -> Program | str:
   renamed = _rename(source, tree, rules.rename)
   if renamed in ('no_function', 'name_clash'):
     return renamed
-  source = clean(renamed, rules.clean)
-  main = main_function(ast.parse(source))
+  try:
+    source = clean(renamed, rules.clean)
+  except ValueError:       # an f-string or an integer that Python reads and does not print
+    return 'syntax'
+  tree = text.parse(source, len(source))
+  if tree is None:         # or prints in a form that it does not read
+    return 'syntax'
+  main = main_function(tree)
   if main is None:
     return 'no_function'
   if not _parameters(main):
