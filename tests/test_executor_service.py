@@ -73,8 +73,22 @@ def executor():
       '',
     ),
     ('def f(x):\n  return "\\N{BULLET}" + "%d %s" % (x, 2.5)', 'ok', ''),
+    (
+      'from dataclasses import dataclass\n@dataclass\nclass Node:\n  val: int\n'
+      '  next: "Node" = None\ndef f(x):\n  return Node(x, Node(3)).next.val, str(Node)',
+      'ok',
+      '',
+    ),
+    (
+      'from __future__ import annotations\nimport dataclasses, typing\n@dataclasses.dataclass\n'
+      'class A:\n  c: typing.ClassVar[int] = 1\n  d: list[A] = ()\n'
+      'def f(x):\n  return len(dataclasses.fields(A)), len(typing.get_type_hints(A))',
+      'ok',
+      '',
+    ),
+    ('import task\ndef f(x):\n  return 1', 'rejected', 'import task'),
   ],
-  ids=range(22),
+  ids=range(25),
 )
 def test_each_status(executor, program, status, error):
   verdict = executor.run([Job('validate', program, ('1',))])[0]
@@ -294,6 +308,13 @@ def test_executors_are_found_by_name():
   for name in ('remote', 'absolute_zero_jax.executor:Nothing', 'no_such_module:X'):
     with pytest.raises(ValueError, match=name):
       room.start(name)
+
+
+def test_a_program_meets_no_hash_seed_that_its_validation_has_not_seen():
+  program = 'def f(x):\n  s = 0\n  for i in range(100000): s += i\n  return hash("w"), x - x'
+  with Executor(workers=4) as started:
+    verdicts = started.run([Job('run', program, (str(i),)) for i in range(60)])
+  assert len({v.runs[0].output for v in verdicts}) == 2
 
 
 def test_loops_do_not_make_a_benign_program_time_out():

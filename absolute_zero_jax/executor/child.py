@@ -154,7 +154,10 @@ def _send(outcomes: list, _write=os.write) -> None:
 def run(program: bytes | str, inputs: list[bytes], repeat: int, expect_error: bool, send,
         _loads=marshal.loads) -> None:
   """Runs `f` on each input `repeat` times; `send` gets one list of outcomes per input."""
-  namespace = {'__name__': 'task', '__builtins__': __builtins__}
+  # `dataclasses` and `typing` look a class's annotations up in its module.
+  module = sys.modules['task'] = type(sys)('task')
+  namespace = module.__dict__
+  namespace['__builtins__'] = __builtins__
   try:
     if type(program) is bytes:
       code = _loads(program)
