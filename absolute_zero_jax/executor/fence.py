@@ -36,6 +36,7 @@ _CLONE_NEWUSER, _CLONE_NEWNET, _CLONE_NEWIPC, _CLONE_NEWPID = (
     0x10000000, 0x40000000, 0x08000000, 0x20000000)
 
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
+_DONE, _INTERRUPT = 0x00050000, 0x00050000 | errno.EINTR
 _BASE = '''read write close fstat lseek munmap brk rt_sigaction rt_sigprocmask rt_sigreturn mremap
   madvise getpid getppid gettid getuid geteuid getgid getegid exit exit_group futex clock_gettime
   clock_getres gettimeofday time nanosleep clock_nanosleep sched_yield getrandom sigaltstack
@@ -52,6 +53,7 @@ _FATAL = '''ptrace process_vm_readv process_vm_writev mount umount2 pivot_root c
 # CHILD_CLEARTID | CHILD_SETTID | exit signal: no thread, no namespace.
 _PLAIN_FORK = 0x012000FF
 _PROT_EXEC = 4
+_FUTEX_WAITS = (0, 6, 9, 11, 13)     # WAIT, LOCK_PI, WAIT_BITSET, WAIT_REQUEUE_PI, LOCK_PI2
 _F_GETFD, _F_GETFL = 1, 3
 
 
@@ -146,7 +148,19 @@ def _zygote_filter() -> bytes:
 
 
 def _child_filter() -> bytes:
+  """No forker's calls; and nothing waits, or a program could hold its slot long at no CPU time.
+
+  Only a process of one thread comes here, so nobody would ever wake it. A sleep is over at once. A
+  wait for a lock is interrupted, as by a signal: Python then looks at the clock and waits again,
+  which costs the time that is limited. (It does not look at the clock after a sleep.)
+  """
   ops = _prologue()
+  for name in ('nanosleep', 'clock_nanosleep'):
+    ops += _on_call(_NUMBERS[name], [_return(_DONE)])
+  left = len(_FUTEX_WAITS)
+  ops += _on_call(_NUMBERS['futex'], [
+      _load(24), _op(0x54, 0x7F), *(_op(0x15, w, left - i, 0) for i, w in enumerate(_FUTEX_WAITS)),
+      _return(_ALLOW), _return(_INTERRUPT)])
   for name in _FORKER:
     if name in _NUMBERS:
       ops += _on_call(_NUMBERS[name], [_return(_ERRNO)])
