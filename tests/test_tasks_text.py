@@ -69,6 +69,12 @@ def test_format_truth_table(case):
   assert text.is_well_formed_azr(source) == reference
 
 
+@pytest.mark.parametrize('line', ['```' + ' ' * 80_000 + '`', '```' + 'a' * 80_000 + '`'])
+def test_a_long_line_is_read_in_linear_time(line):
+  began = time.monotonic()
+  assert text.fences(line) == [] and time.monotonic() - began < 2
+
+
 def test_a_tag_inside_a_program_does_not_cut_the_answer():
   answer = text.think_answer(TRUTH['tag in a program'][0])
   assert _pairs(answer) == [('python', 's = "</answer>"')]

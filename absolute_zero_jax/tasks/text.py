@@ -24,7 +24,8 @@ _CONSTRUCTORS = ('bool', 'bytes', 'complex', 'dict', 'float', 'frozenset', 'int'
 _DATA_NODES = (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.Set, ast.UnaryOp, ast.unaryop,
                ast.BinOp, ast.operator, ast.Call, ast.Name, ast.keyword, ast.expr_context)
 
-_OPEN = re.compile(r' {0,3}(`{3,})[ \t]*([^`\s]*)[^`]*')
+# Possessive, because `[^`]*` takes blanks too: what they share would be tried in every division.
+_OPEN = re.compile(r' {0,3}(`{3,})[ \t]*+([^`\s]*+)[^`]*+')
 _INLINE = re.compile(r' {0,3}(`{3,})([A-Za-z]\w*)[ \t]+(\S.*?)[ \t]*(`{3,})[ \t]*')
 _CLOSE = re.compile(r'[ \t]*(`{3,})[ \t]*')
 _TAIL = re.compile(r'([^`]*[^`\s])[ \t]*(`{3,})[ \t]*')
