@@ -310,6 +310,12 @@ def test_executors_are_found_by_name():
       room.start(name)
 
 
+def test_what_one_input_leaves_for_the_next_is_no_task(executor):
+  program = 'seen = set()\ndef f(x):\n  seen.add(x)\n  return len(seen)'
+  [several, one] = executor.run([Job('validate', program, n) for n in (('1', '2', '3'), ('1',))])
+  assert several.status is Status.NONDETERMINISTIC and one.status is Status.OK
+
+
 def test_a_program_meets_no_hash_seed_that_its_validation_has_not_seen():
   program = 'def f(x):\n  s = 0\n  for i in range(100000): s += i\n  return hash("w"), x - x'
   with Executor(workers=4) as started:

@@ -40,11 +40,11 @@ def _drive(trial, *written):
 
 def test_validation_is_two_calls_in_one_process_and_one_in_another():
   verdict, units = _drive(
-    _trial(Job('validate', _F, ('1', '2'))), [_value(1, 1), _value(2, 2)], [_value(1), _value(2)]
+    _trial(Job('validate', _F, ('1', '2'))), [_value(1, 1), _value(2, 2)], [_value(2), _value(1)]
   )
   assert [(u.group, u.repeat, u.inputs) for u in units] == [
     ('a', 2, ('1', '2')),
-    ('b', 1, ('1', '2')),
+    ('b', 1, ('2', '1')),
   ]
   assert verdict.status is Status.OK and verdict.program == _F and len(verdict.key) == 64
   assert [(r.input, r.output, r.matches) for r in verdict.runs] == [
@@ -178,7 +178,7 @@ def test_the_name_of_the_exception_is_the_value_of_the_error_kind():
   verdict, _ = _drive(
     _trial(Job('validate', _F, ('1', '2'), expect_error=True)),
     [[['x', 'KeyError'], ['x', 'KeyError']], [['r'], ['r']]],
-    [[['x', 'KeyError']], [['r']]],
+    [[['r']], [['x', 'KeyError']]],
   )
   assert [r.output for r in verdict.runs] == ['KeyError', 'NoError'] and verdict.status is Status.OK
   answers = _trial(

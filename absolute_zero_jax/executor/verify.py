@@ -9,7 +9,8 @@ has processes drives it:
     for unit in trial.take(): trial.feed(unit, run_somewhere(unit))
 
 'validate' runs each input twice in one process of group 'a', then once in a process of group 'b',
-which has another hash seed and another address layout. 'run' runs each input once, anywhere. An
+which has another hash seed and another address layout, in reverse order, so that what one input
+leaves behind for the next shows. 'run' runs each input once, anywhere. An
 input that kills its process costs that input only: the rest run in a fresh one.
 """
 
@@ -255,7 +256,7 @@ class Trial:
     good = [i for i, o in enumerate(self._outcomes) if o.status is Status.OK]
     if self._job.op == 'validate' and good and not self._second_look:
       self._second_look = True
-      self._schedule('b', good)
+      self._schedule('b', good[::-1])
       return
     if self._job.op == 'validate':
       self._check_golds()
