@@ -86,9 +86,10 @@ def executor():
       'ok',
       '',
     ),
+    ('def f(x):\n  return "\xe9" * 30000', 'error', 'output: too big'),  # only when doubled
     ('import task\ndef f(x):\n  return 1', 'rejected', 'import task'),
   ],
-  ids=range(25),
+  ids=range(26),
 )
 def test_each_status(executor, program, status, error):
   verdict = executor.run([Job('validate', program, ('1',))])[0]
@@ -308,6 +309,11 @@ def test_executors_are_found_by_name():
   for name in ('remote', 'absolute_zero_jax.executor:Nothing', 'no_such_module:X'):
     with pytest.raises(ValueError, match=name):
       room.start(name)
+
+
+def test_an_ellipsis_is_an_input(executor):
+  [verdict] = executor.run([Job('validate', 'def f(x):\n  return x', ('...',))])
+  assert verdict.runs[0].input == verdict.runs[0].output == 'Ellipsis'
 
 
 def test_what_one_input_leaves_for_the_next_is_no_task(executor):

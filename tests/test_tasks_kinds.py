@@ -34,8 +34,9 @@ def test_a_proposal_becomes_a_task(name):
   assert proposal == tasks.Proposal(SOURCE, ('3, 4',))
   job, = kind.validation_jobs(proposal)
   assert job == Job('validate', SOURCE, ('3, 4',), expect_error=name == 'error')
-  task = kind.to_task(proposal, [_ok(('3, 4', '12'))], 7)
-  assert (task.kind, task.cases, task.born_step) == (name, (('3, 4', '12'),), 7)
+  gold = 'NoError' if name == 'error' else '12'
+  task = kind.to_task(proposal, [_ok(('3, 4', gold))], 7)
+  assert (task.kind, task.cases, task.born_step) == (name, (('3, 4', gold),), 7)
   assert task.key == identity.key(name, SOURCE, ('3, 4',))
 
 
@@ -115,6 +116,12 @@ def test_errors_are_compared_by_name():
   assert kind.accuracy(task, 'valueerror', []) == 1 and kind.accuracy(task, 'NoError', []) == 0
 
 
+@pytest.mark.parametrize('name', ['', 'Ошибка', 'a:b', 'A' * 60, 'a b', '1', '`x`'])
+def test_an_error_that_no_answer_can_name_is_no_task(name):
+  proposal = tasks.Proposal(SOURCE, ('1, 0',))
+  assert tasks.get('error').to_task(proposal, [_ok(('1, 0', name))], 1) == 'error_name'
+
+
 def test_a_banned_statement_is_refused():
   kind = tasks.get('error', banned_statements=('raise', 'assert'))
   answer = '```python\ndef f(a):\n  raise ValueError(a)\n```\n```input\n1\n```'
@@ -149,6 +156,18 @@ def test_induction_keeps_the_last_inputs_and_shows_half():
 ])
 def test_a_formless_induction_proposal_names_its_fault(answer, reason):
   assert _induction().parse_proposal(answer, [_task()]) == reason
+
+
+def test_one_value_written_twice_is_one_input():
+  pairs = [('5', '1'), ('5', '1'), ('6', '1'), ('7', '1')]      # canonical, as the executor has it
+  proposal = tasks.Proposal(SOURCE, ('5', '6-1', '6', '7'), 'm')
+  assert _induction().to_task(proposal, [_ok(*pairs)], 1) == 'few_inputs'
+  assert len(_induction(distinct_inputs=False).to_task(proposal, [_ok(*pairs)], 1).cases) == 4
+
+
+def test_an_answer_indented_as_a_whole_is_a_program():
+  answer = '```python\n    def f(a):\n      return a\n```'
+  assert _induction().parse_answer(answer) == 'def f(a):\n  return a'
 
 
 @pytest.mark.parametrize('calls', [''.join(f'f({i}, 2)\n' for i in range(4)),

@@ -186,6 +186,14 @@ def test_imports_of_the_task_are_put_on_top_once():
   assert program.with_imports('import re\nx', lines) == 'from a import b as c\nimport re\nx'
 
 
+def test_imports_from_the_future_stay_first():
+  own = '"""Doc."""\nfrom __future__ import division\nx = 1'
+  lines = program.imports('from __future__ import annotations\nimport re')
+  for source in (own, 'x = 1', 'import a\nx = 1'):
+    compile(program.with_imports(source, lines[::-1]), 'x', 'exec')
+  assert program.with_imports(own, ['import re']).split('\n')[2:] == ['import re', 'x = 1']
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=120))
 def test_any_text_gives_a_program_or_a_reason(source):

@@ -10,6 +10,8 @@ from absolute_zero_jax.tasks import deduction, program, text
 from absolute_zero_jax.types import Job, Task, Verdict
 
 NO_ERROR = 'NoError'
+# What `Error.parse_answer` can give back; the executor cuts names at 60 characters.
+_ANSWERABLE = re.compile(r'[A-Za-z_]\w{0,58}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,14 @@ class Error(deduction.Deduction):
 
   def _probes(self, proposal: program.Proposal) -> tuple[str, ...]:
     return ()            # most inputs raise nothing: equal outcomes say nothing
+
+  def to_task(self, proposal: program.Proposal, verdicts: Sequence[Verdict],
+              step: int) -> Task | str:
+    """As for deduction; 'error_name' where no answer could give the exception's name."""
+    task = super().to_task(proposal, verdicts, step)
+    if isinstance(task, str) or _ANSWERABLE.fullmatch(task.output):
+      return task
+    return 'error_name'
 
   def parse_answer(self, answer: str) -> str | None:
     """The first identifier of the answer, e.g. `ValueError` of `ValueError: bad digit`."""

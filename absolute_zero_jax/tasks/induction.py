@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import textwrap
 
 from absolute_zero_jax import rewards
 from absolute_zero_jax.tasks import deduction, identity, probes, program, text
@@ -106,11 +107,14 @@ class Induction:
 
   def to_task(self, proposal: program.Proposal, verdicts: Sequence[Verdict],
               step: int) -> Task | str:
-    """The task, or the status of the worst input: one bad input spoils the proposal."""
+    """The task, the status of the worst input (a bad one spoils the proposal), or 'few_inputs'."""
     verdict = verdicts[0]
     if verdict.status is not Status.OK:
       return verdict.status.value
     cases = tuple((run.input, run.output) for run in verdict.runs)
+    # One value written in two ways; seed files do repeat inputs.
+    if self.distinct_inputs and len(dict(cases)) < len(set(proposal.inputs)):
+      return 'few_inputs'
     key = identity.key(self.name, proposal.program, [i for i, _ in cases])
     return Task(self.name, proposal.program, cases, proposal.message, shown=len(cases) // 2,
                 born_step=step, key=key, extra=proposal.extra | (
@@ -126,7 +130,7 @@ class Induction:
     found = text.last(blocks, text.PYTHON_LABELS)
     if found is None:
       found = text.last(blocks, ('',))
-    return found.strip('\n') or None if found else None
+    return textwrap.dedent(found).strip('\n') or None if found else None
 
   def checking_jobs(self, task: Task, answer: str) -> list[Job]:
     """Runs the answer, with the task's own imports put on top, on the hidden inputs."""

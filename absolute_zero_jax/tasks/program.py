@@ -169,10 +169,18 @@ def imports(source: str) -> list[str]:
 
 
 def with_imports(source: str, lines: Sequence[str]) -> str:
-  """`source` with the import lines it does not have put on top."""
+  """`source` with the import lines it does not have put on top, those from `__future__` first."""
   present = set(imports(source))
-  missing = [line for line in lines if line not in present]
-  return '\n'.join([*missing, source])
+  missing = sorted((line for line in lines if line not in present), key=_is_plain)
+  tree = text.parse(source)
+  last = max((n.end_lineno for n in tree.body if isinstance(n, ast.ImportFrom)
+              and n.module == '__future__'), default=0) if tree else 0
+  rows = source.split('\n')
+  return '\n'.join([*rows[:last], *missing, *rows[last:]])
+
+
+def _is_plain(line: str) -> bool:
+  return not line.startswith('from __future__ ')
 
 
 def _parameters(main: ast.FunctionDef) -> set[str]:
