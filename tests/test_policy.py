@@ -34,10 +34,17 @@ _F = 'def f(x):\n  return x\n'
     'def f(x):\n  yield x',
     'def f(x):\n  return super',
     'import dataclasses\n@dataclasses.dataclass\nclass P:\n  x: int\n' + _F,
+    'def f(credits, grades):\n  help = quit = license = 1\n  return sum(credits)',
+    'def f(s):\n  open, close = "(", ")"\n  return [s.count(c) for c in (open, close)]',
+    'def f(vars):\n  def g(): return vars\n  return lambda compile: g()',
+    'def f(x):\n  """As __dict__ has it."""\n  return x',
+    'class P:\n  def __setattr__(self, k, v): super().__setattr__(k, v)\n' + _F,
+    'class P:\n  def __rfloordiv__(self, o): return o.__rdivmod__(self).__cause__\n' + _F,
+    'def f(x):\n  return f"{x.split(\'\u200b\')[0]}"',
   ],
 )
 def test_ordinary_programs_pass(source):
-  assert policy.gate(source).source.strip() == source.strip()
+  assert policy.gate(source, digest=True).source.strip() == source.strip()
 
 
 @pytest.mark.parametrize(
@@ -67,6 +74,16 @@ def test_ordinary_programs_pass(source):
     ('def f(x):\n  return getattr(x, "__subclasses__")', 'text __subclasses__'),
     ('def f(x):\n  return x.gi_frame', 'attribute gi_frame'),
     ('def f(x):\n  return "{0.__globals__}".format(f)', 'text __globals__'),
+    ('from enum import bltns\n' + _F, 'import enum.bltns'),
+    ('import enum\ndef f(x):\n  return enum.bltns', 'import enum.bltns'),
+    ('def f(x):\n  match f:\n    case object(__globals__=g): return g', 'attribute __globals__'),
+    ('def f(x):\n  return eval\neval = 1', 'name eval'),
+    ('def f(x):\n  class A:\n    y = eval\n    eval = 1', 'name eval'),
+    ('def f(x, eval=1):\n  class A:\n    y = eval', 'name eval'),
+    ('def f(x, eval=eval):\n  return eval', 'name eval'),
+    ('def f(x):\n  global eval\n  eval = 1\n  return eval', 'name eval'),
+    ('def f(x):\n  return [eval for y in x] + [eval for eval in x]', 'name eval'),
+    ('def f(x):\n  return 0x' + 'f' * 4000, 'integer too long'),
     ('async def f(x):\n  return 1', 'f is async'),
     ('class f:\n  pass', 'f is a class'),
     ('f = eval', 'no f'),
@@ -84,7 +101,7 @@ def test_ordinary_programs_pass(source):
 )
 def test_the_reason_of_a_refusal_is_named(source, reason):
   with pytest.raises(policy.PolicyError, match=reason.replace('.', r'\.')):
-    policy.gate(source)
+    policy.gate(source, digest=True)
 
 
 def test_without_enforcement_only_what_cannot_run_is_refused():

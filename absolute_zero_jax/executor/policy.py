@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import dataclasses
 import functools
 import hashlib
+import symtable
 import sys
 
 from absolute_zero_jax.executor import literals
@@ -30,18 +31,23 @@ MODULES = frozenset('''abc array base64 binascii bisect cmath collections colors
   unicodedata zlib __future__'''.split())
 
 _NAMES = frozenset('''eval exec compile open breakpoint globals locals vars __import__ __builtins__
-  __loader__ __spec__ exit quit help copyright credits license memoryview'''.split())
+  __loader__ __spec__ memoryview'''.split())
 _SAFE_DUNDERS = frozenset('''__init__ __name__ __class__ __doc__ __len__ __str__ __repr__ __eq__
   __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __iter__ __next__ __contains__ __getitem__ __setitem__
   __delitem__ __call__ __add__ __sub__ __mul__ __truediv__ __floordiv__ __mod__ __pow__ __neg__
   __abs__ __bool__ __int__ __float__ __index__ __enter__ __exit__ __post_init__ __missing__ __new__
   __radd__ __rsub__ __rmul__ __iadd__ __isub__ __and__ __or__ __xor__ __invert__ __reversed__
-  __slots__ __main__ __annotations__ __qualname__ __format__ __all__'''.split())
+  __slots__ __main__ __annotations__ __qualname__ __format__ __all__ __setattr__ __delattr__
+  __init_subclass__ __cause__ __pos__ __complex__ __round__ __trunc__ __floor__ __ceil__ __divmod__
+  __rdivmod__ __matmul__ __rmatmul__ __imatmul__ __rtruediv__ __rfloordiv__ __rmod__ __rpow__
+  __itruediv__ __ifloordiv__ __imod__ __ipow__ __lshift__ __rshift__ __rlshift__ __rrshift__
+  __ilshift__ __irshift__ __rand__ __ror__ __rxor__ __iand__ __ior__ __ixor__'''.split())
 # Frames, code objects and generators reach other frames' variables.
 _ATTRIBUTES = frozenset('''gi_frame gi_code cr_frame cr_code ag_frame ag_code tb_frame tb_next
   f_back f_globals f_locals f_builtins f_code co_code co_consts func_globals func_code
   mro'''.split())
-_FORBIDDEN_MODULES = (frozenset(sys.stdlib_module_names) | {'numpy', 'torch', 'jax'}) - MODULES
+_FORBIDDEN_MODULES = (frozenset(sys.stdlib_module_names)
+                      | {'numpy', 'torch', 'jax', 'bltns'}) - MODULES     # as `enum` calls builtins
 
 
 class PolicyError(ValueError):
@@ -85,7 +91,7 @@ def gate(source: str, *, modules: Iterable[str] = MODULES, enforce: bool = True,
   tree = parse(source)
   _find_f(tree)
   if enforce:
-    _Walk(frozenset(modules)).check(tree)
+    _Walk(frozenset(modules), source).check(tree)
   tidied = tidy(source)
   return Gated(tidied, normal_digest(tree) if digest else '')
 
@@ -116,10 +122,14 @@ def normal_digest(tree: ast.Module) -> str:
       body = node.body
       if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         node.body = body[1:] or [ast.Pass()]
-  try:
-    return hashlib.sha256(ast.unparse(tree).encode('utf-8', 'backslashreplace')).hexdigest()
-  except (RecursionError, ValueError) as e:
-    raise PolicyError('nested too deep') from e
+  for show in (ast.unparse, ast.dump):       # before Python 3.12, some f-strings have no text
+    try:
+      return hashlib.sha256(show(tree).encode('utf-8', 'backslashreplace')).hexdigest()
+    except ValueError:
+      continue
+    except RecursionError as e:
+      raise PolicyError('nested too deep') from e
+  raise PolicyError('integer too long')
 
 
 def _find_f(tree: ast.Module) -> None:
@@ -137,8 +147,8 @@ def _find_f(tree: ast.Module) -> None:
 class _Walk:
   """One pass over the tree; remembers which names are modules, to see through `m._private`."""
 
-  def __init__(self, modules: frozenset[str]):
-    self._modules = modules
+  def __init__(self, modules: frozenset[str], source: str):
+    self._modules, self._source = modules, source
     self._aliases: set[str] = set()
 
   def check(self, tree: ast.Module) -> None:
@@ -149,12 +159,17 @@ class _Walk:
       if t is ast.Name:
         self._name(node.id)
         continue
+      if t is ast.Expr and type(node.value) is ast.Constant:
+        continue               # a docstring
       if t is ast.Constant:
         if type(node.value) is str:
           self._text(node.value)
         continue
       if t is ast.Attribute:
         attributes.append(node)
+      elif t is ast.MatchClass:
+        for name in node.kwd_attrs:
+          self._attribute_name(name)
       elif t is ast.Import:
         for alias in node.names:
           self._allow(alias.name)
@@ -187,13 +202,17 @@ class _Walk:
         raise PolicyError(f'import {node.module[:40]}.{name[:40]}')
 
   def _name(self, name: str) -> None:
-    if name in _NAMES or (_is_dunder(name) and name not in _SAFE_DUNDERS):
+    if (_is_dunder(name) and name not in _SAFE_DUNDERS
+        or name in _NAMES and name not in _variables(self._source)):
       raise PolicyError(f'name {name[:40]}')
+
+  def _attribute_name(self, name: str) -> None:
+    if name in _ATTRIBUTES or (_is_dunder(name) and name not in _SAFE_DUNDERS):
+      raise PolicyError(f'attribute {name[:40]}')
 
   def _attribute(self, node: ast.Attribute) -> None:
     name = node.attr
-    if name in _ATTRIBUTES or (_is_dunder(name) and name not in _SAFE_DUNDERS):
-      raise PolicyError(f'attribute {name[:40]}')
+    self._attribute_name(name)
     if isinstance(node.value, ast.Name) and node.value.id in self._aliases:
       if name in _FORBIDDEN_MODULES or name.startswith('_'):
         raise PolicyError(f'import {node.value.id[:40]}.{name[:40]}')
@@ -204,6 +223,25 @@ class _Walk:
       for word in _words(text):
         if _is_dunder(word) and word not in _SAFE_DUNDERS:
           raise PolicyError(f'text {word[:40]}')
+
+
+@functools.lru_cache(1)
+def _variables(source: str) -> set[str]:
+  """Names that are variables of functions wherever they occur, so that no builtin is meant.
+
+  A function that reads its variable too early fails; modules and classes then find the builtin.
+  """
+  try:
+    tables = [symtable.symtable(source, '<task>', 'exec')]
+  except (SyntaxError, ValueError, RecursionError, MemoryError):
+    return set()
+  inside, elsewhere = set(), set()
+  for table in tables:       # grows
+    tables += table.get_children()
+    for symbol in table.get_symbols():
+      is_own = table.get_type() == 'function' and not symbol.is_global()
+      (inside if is_own else elsewhere).add(symbol.get_name())
+  return inside - elsewhere
 
 
 @functools.cache
