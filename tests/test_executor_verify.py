@@ -286,6 +286,17 @@ def test_a_validated_gold_is_remembered():
   assert verify.Trial(Job('run', _F, ('1',), ('1',)), rules, cache).verdict.runs[0].matches
 
 
+def test_of_a_long_output_the_text_alone_is_remembered():
+  cache, value = verify.Cache(10), [{0}] * 100
+  expected = values.text(value).replace(' ', '')
+  answers = (expected, expected.replace('0', '1', 1))
+  _drive(verify.Trial(Job('run', _F, ('1',)), verify.Rules(), cache), [_value(value)])
+  assert type(cache.get((_F, '1', False)).value) is object
+  for answer, matches in zip(answers, (True, False)):
+    trial = verify.Trial(Job('run', _F, ('1',), (answer,)), verify.Rules(), cache)
+    assert trial.verdict.runs[0].matches is matches and cache.hits
+
+
 def test_the_key_ignores_comments_and_input_spelling():
   def key(program, inputs):
     return _drive(_trial(Job('validate', program, inputs)), [_value(1, 1)], [_value(1)])[0].key

@@ -28,6 +28,9 @@ from absolute_zero_jax.types import Job, Run, Status, Verdict
 MAX_CALLS = 64              # inputs in one process
 _MAX_NESTED = 4             # calls of f in one input
 _MAX_DEATHS = 3             # processes of one job that may die before the rest is given up
+# Of a longer text no value is remembered: it takes up to 50 times the room.
+_MAX_KEPT_CHARS = 256
+_FORGOTTEN = object()
 
 # From best to worst; a verdict has the worst status of its runs.
 SEVERITY = (Status.OK, Status.REJECTED, Status.ERROR, Status.NONDETERMINISTIC, Status.TIMEOUT,
@@ -160,6 +163,11 @@ class Trial:
   def _cache_key(self, i: int) -> Any:
     return self._program, self._inputs[i], self._job.expect_error
 
+  def _remember(self, i: int, outcome: reports.Outcome) -> None:
+    if len(outcome.text) > _MAX_KEPT_CHARS:
+      outcome = dataclasses.replace(outcome, value=_FORGOTTEN)
+    self._cache.put(self._cache_key(i), outcome)
+
   def _look_up(self) -> None:
     for i in self._open_places():
       found = self._cache.get(self._cache_key(i))
@@ -244,7 +252,7 @@ class Trial:
     if self._job.op == 'run' and first.status is not Status.CRASHED and first.error != 'not run':
       if first.status is Status.TIMEOUT:
         first = dataclasses.replace(first, limit_s=unit.timeout_s)
-      self._cache.put(self._cache_key(i), first)
+      self._remember(i, first)
     self._outcomes[i] = first
 
   def _finish_if_done(self) -> None:
@@ -281,7 +289,7 @@ class Trial:
         if not (accepted and reread):
           self._outcomes[i] = reports.Outcome(Status.ERROR, error='gold does not verify itself')
           continue
-      self._cache.put(self._cache_key(i), o)
+      self._remember(i, o)
 
   def _task_key(self) -> str:
     text = '\0'.join([self._key, *self._inputs])
@@ -311,8 +319,13 @@ def _same(a: reports.Outcome, b: reports.Outcome) -> bool:
   return a.text == b.text or values.equal(a.value, b.value, 'strict') and a.value is not None
 
 
-@functools.lru_cache(2048)
 def _value_of(text: str) -> Any:
+  parse = _parsed if len(text) <= _MAX_KEPT_CHARS else literals.parse_value
+  return parse(text)
+
+
+@functools.lru_cache(2048)
+def _parsed(text: str) -> Any:
   return literals.parse_value(text)
 
 
@@ -327,7 +340,8 @@ def _matches(o: reports.Outcome, expected: str, expect_error: bool, rules: Rules
   if expect_error:
     return error_name(expected) == error_name(o.text)
   try:
-    return values.equal(o.value, _value_of(expected), rules.equality)
+    value = _value_of(o.text) if o.value is _FORGOTTEN else o.value
+    return values.equal(value, _value_of(expected), rules.equality)
   except literals.LiteralError:
     return False
 
