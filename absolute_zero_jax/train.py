@@ -44,6 +44,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   parts.use_compilation_cache()
   parts.show_cpu_devices(c)
   with contextlib.ExitStack() as stack:
+    raise_lost = stack.enter_context(_interrupts())
     checkpoints = checkpoint.Checkpoints(workdir, keep=c.checkpoint.keep)
     stack.callback(checkpoints.close)
     latest = checkpoints.latest()
@@ -61,7 +62,6 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     # Row 0 is the base's score.
     writer = metrics.Writer(workdir, current.step + (latest is not None))
     stack.callback(writer.close)
-    raise_lost = stack.enter_context(_interrupts())
     history = metrics.read_history(workdir, current.step)
     if current.step < c.train.steps:
       console.stamp('plays; the first iteration also compiles, which a second start need not')

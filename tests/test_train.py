@@ -167,6 +167,14 @@ class _Dropped:
     signal.raise_signal(signal.SIGTERM)
 
 
+def test_a_signal_while_loading_ends_the_run_too(tmp_path, monkeypatch):
+  monkeypatch.setattr(train, 'Run', lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(KeyboardInterrupt):
+    train.run(_config(), tmp_path, stream=io.StringIO())
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_an_interrupt_that_python_drops_ends_the_run_after_the_iteration(tmp_path, monkeypatch):
   whole = train._one_step
