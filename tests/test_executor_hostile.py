@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The corpus of hostile programs: stated outcomes, untouched canaries, waits, reports."""
+"""Hostile programs: stated outcomes, untouched canaries, undisturbed neighbours; waits, reports."""
 
 import json
 import os
