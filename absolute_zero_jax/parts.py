@@ -189,6 +189,10 @@ def model_without_parameters(c: ConfigDict) -> tuple[Any, None, Any]:
 def tokenizer(c: ConfigDict, source: Any) -> tokenizer_lib.Tokenizer:
   """That of `model.tokenizer`, a path or 'carried:NAME'; if it is '', that of the model's files."""
   name = c.model.tokenizer
+  if not name and source is None:
+    raise config_lib.ConfigError(
+        f"model.tokenizer='' takes the model's own, and {c.model.name!r} has none; set 'bytes', "
+        "'carried:tiny' or the path of a tokenizer.")
   return tokenizer_lib.load(hub.resolve(name) if name.startswith('carried:') else name or source)
 
 
