@@ -45,16 +45,38 @@ class Checkpoints:
         host=ocp.args.JsonSave({'format': FORMAT} | host)))
 
   def restore_host(self, step: int) -> dict[str, Any]:
-    host = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore())).host
+    """Raises CheckpointError for a damaged step, or one of another format."""
+    host = self._restore(step, ocp.args.Composite(host=ocp.args.JsonRestore())).host
+    if not isinstance(host, dict):
+      raise self._damaged(step, 'host holds no JSON object')
     if host.get('format') != FORMAT:
       raise CheckpointError(f'checkpoint {step} has format {host.get("format")!r}, this version '
                             f'reads {FORMAT}; continue it with the version that wrote it.')
     return host
 
   def restore_state(self, step: int, abstract: Any) -> Any:
-    """`abstract` gives structure, shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves)."""
-    return self._manager.restore(step, args=ocp.args.Composite(
+    """`abstract` gives structure, shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves).
+
+    Raises CheckpointError for a damaged step.
+    """
+    return self._restore(step, ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract))).state
+
+  def _restore(self, step, args):
+    try:
+      return self._manager.restore(step, args=args)
+    except (jax.errors.JaxRuntimeError, PermissionError):    # not the bytes' fault
+      raise
+    except Exception as error:  # orbax raises bare Exception for bytes it cannot read
+      raise self._damaged(step, repr(error)) from error
+
+  def _damaged(self, step, reason):
+    earlier = max((s for s in self._manager.all_steps() if s < step), default=None)
+    after = ('begin anew: there is no earlier one' if earlier is None
+             else f'continue from checkpoint {earlier}')
+    reason = reason if len(reason) <= 200 else f'{reason[:200]} ...'
+    return CheckpointError(f'checkpoint {step} is damaged ({reason}). Delete the folder '
+                           f'{self._manager.directory / str(step)} to {after}.')
 
   def wait(self) -> None:
     self._manager.wait_until_finished()

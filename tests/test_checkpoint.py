@@ -2,6 +2,7 @@
 """Checkpoints give back exactly what was saved, sharded or not, and refuse what is not theirs."""
 
 import json
+import shutil
 from typing import NamedTuple
 
 from etils import epath
@@ -67,6 +68,45 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
   with pytest.raises(checkpoint.CheckpointError, match='format 99'):
     saver.restore_host(1)
   saver.close()
+
+
+def _truncate(step):
+  """Cuts the file that holds the array's bytes."""
+  files = [p for p in (step / 'state').rglob('*') if p.is_file() and p.parent.name == 'd']
+  for file in files:
+    file.write_bytes(file.read_bytes()[:20])
+
+
+@pytest.mark.parametrize('damage', [
+    _truncate, lambda step: shutil.rmtree(step / 'state'),
+    lambda step: shutil.rmtree(step / 'host'),
+    lambda step: (step / 'host' / 'metadata').write_text('{"form'),
+    lambda step: (step / 'host' / 'metadata').write_text('[]')])
+def test_a_damaged_step_is_named_with_the_one_before_it(tmp_path, damage):
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  state = _state(mesh)
+  saver = checkpoint.Checkpoints(tmp_path)
+  for step in (1, 2):
+    saver.save(step, state, {})
+  saver.close()
+  folder = tmp_path / 'checkpoints'
+
+  def restore(step):
+    reader = checkpoint.Checkpoints(tmp_path)
+    assert reader.latest() == step
+    try:
+      reader.restore_host(step)
+      reader.restore_state(step, checkpoint.abstract_like(state))
+    finally:
+      reader.close()
+  damage(folder / '2')
+  with pytest.raises(checkpoint.CheckpointError, match='2 is damaged.*/2 to continue from .* 1.'):
+    restore(2)
+  shutil.rmtree(folder / '2')
+  restore(1)
+  damage(folder / '1')
+  with pytest.raises(checkpoint.CheckpointError, match='1 is damaged.*no earlier one'):
+    restore(1)
 
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
