@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the names of a config become the objects of a run; each function reads its own sections."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import contextlib
+import functools
 import math
 import os
 import pathlib
@@ -16,6 +17,7 @@ from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import controls, lora, reinforce, sharding, tasks
 from absolute_zero_jax import executor as executor_lib
 from absolute_zero_jax import learner as learner_lib
+from absolute_zero_jax import rewards as rewards_lib
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax import tokenizer as tokenizer_lib
 from absolute_zero_jax.executor import client
@@ -28,8 +30,8 @@ ConfigDict = config_lib.ConfigDict
 SAMPLER_SIZES = {'min_slots': (1, 64), 'cache_block': (64, 512), 'prompt_block': (32, 256),
                  'max_programs': (32, 12)}
 
-_ALGORITHM = ('name', 'pass_k', 'whiten_by', 'whiten_count', 'aggregation', 'aggregation_rows',
-              'clip_low', 'clip_high', 'dual_clip', 'entropy_coef', 'kl_coef', 'kl_kind', 'kl_in',
+_ALGORITHM = ('pass_k', 'whiten_by', 'whiten_count', 'aggregation', 'aggregation_rows', 'clip_low',
+              'clip_high', 'dual_clip', 'entropy_coef', 'kl_coef', 'kl_kind', 'kl_in',
               'importance', 'importance_cap')
 
 
@@ -81,7 +83,9 @@ def kinds(c: ConfigDict, names: Sequence[str] = ()) -> list[tasks.Kind]:
 def rewards(c: ConfigDict) -> Any:
   """What attempts are worth."""
   make = config_lib.load_object(c.reward.name, controls.REWARDS, 'reward.name')
-  return make(**{k: v for k, v in c.reward.to_dict().items() if k != 'name'})
+  fields = {k: v for k, v in c.reward.to_dict().items() if k != 'name'}
+  return rewards_lib.Checked(
+      _made('reward.name', c.reward.name, make, ('propose', 'solve'), **fields), c.reward.name)
 
 
 def algorithm(c: ConfigDict) -> Any:
@@ -90,7 +94,9 @@ def algorithm(c: ConfigDict) -> Any:
   groups = c.selfplay.mc_use != 'measure' or c.selfplay.solve_samples > 1
   if groups and c.algorithm.name == 'trr_plus_plus':
     estimators = {'solve': 'trr_prompt'} | estimators
-  return reinforce.get(
+  return _made(
+      'algorithm.name', c.algorithm.name, functools.partial(reinforce.get, c.algorithm.name),
+      ('advantages', 'weights', 'loss', 'needs_old', 'needs_reference'),
       **{k: c.algorithm[k] for k in _ALGORITHM}, role_estimators=tuple(estimators.items()),
       role_weights=tuple(c.algorithm.role_weights.to_dict().items()),
       aggregation_tokens=c.algorithm.aggregation_tokens or longest_response(c))
@@ -98,11 +104,28 @@ def algorithm(c: ConfigDict) -> Any:
 
 def executor(c: ConfigDict) -> Any:
   """The started service; to be closed by the caller."""
-  return executor_lib.start(
-      c.executor.name, workers=c.executor.workers, min_isolation=c.executor.min_isolation,
-      validate_timeout_s=c.executor.validate_timeout_s,
+  return _made(
+      'executor.name', c.executor.name, functools.partial(executor_lib.start, c.executor.name),
+      ('submit', 'stats', 'close', 'isolation'), workers=c.executor.workers,
+      min_isolation=c.executor.min_isolation, validate_timeout_s=c.executor.validate_timeout_s,
       score_timeout_s=c.executor.score_timeout_s, memory_mb=c.executor.memory_mb,
       **c.executor.options.to_dict())
+
+
+def _made(field: str, name: str, make: Callable[..., Any], wanted: Sequence[str],
+          /, **options: Any) -> Any:
+  """What `make` gives; ConfigError where it does not take the options, or an attribute lacks."""
+  try:
+    made = make(**options)
+  except TypeError as e:
+    raise config_lib.ConfigError(
+        f'{field}={name!r} cannot be made: {e}. It is called with {", ".join(options)}; see '
+        'docs/extending.md.') from e
+  missing = [attribute for attribute in wanted if not hasattr(made, attribute)]
+  if missing:
+    raise config_lib.ConfigError(f'{field}={name!r} gave {made!r:.80}, which lacks {missing}; see '
+                                 'docs/extending.md.')
+  return made
 
 
 def optimizer(c: ConfigDict) -> Any:

@@ -11,6 +11,8 @@ learnability. All are off unless a coefficient is set.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
+from typing import Any
 
 from absolute_zero_jax import intrinsic as intrinsic_lib
 
@@ -87,6 +89,34 @@ class Rewards:
                    format_penalty=self.format_penalty, wrong_penalty=self.wrong_penalty)
     return reward, {'accuracy': attempt.accuracy if well_formed else 0.0,
                     'format': float(well_formed)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+  """Rewards, own ones too, whose every result is looked at: a finite number, and named parts.
+
+  Raises ValueError where it is not; a NaN would spread from here to all weights.
+  """
+  rewards: Any
+  name: str
+
+  def propose(self, attempt, counts=None) -> tuple[float, dict[str, float]]:
+    return self._checked('propose', attempt, self.rewards.propose(attempt, counts))
+
+  def solve(self, attempt) -> tuple[float, dict[str, float]]:
+    return self._checked('solve', attempt, self.rewards.solve(attempt))
+
+  def _checked(self, method, attempt, result):
+    try:
+      reward, parts = result
+      right = all(math.isfinite(x) for x in (reward, *parts.values()))
+    except (AttributeError, OverflowError, TypeError, ValueError):
+      right = False
+    if not right:
+      raise ValueError(f'reward.name={self.name!r}: {method} gave {result!r:.200} for an attempt '
+                       f'of {attempt.kind.name}; it must give a finite number and a dict of finite '
+                       'numbers, the parts it was made of.')
+    return result
 
 
 def get(made: type = Rewards, /, **options) -> Rewards:

@@ -93,6 +93,10 @@ class Run:
     self.prompts = prompts_lib.load(c.selfplay.prompts, c.selfplay.wrapper, c.selfplay.format_rule)
     self.kinds, self.rewards = parts.kinds(c), parts.rewards(c)
     algorithm, optimizer = parts.algorithm(c), parts.optimizer(c)
+    excludes = evaluate.excludes(c)
+    if not callable(excludes):
+      raise config_lib.ConfigError(f'selfplay.exclude={c.selfplay.exclude!r} is {excludes!r:.80}; '
+                                   'it must be a function of a task.')
     self.executor = self._closers.enter_context(contextlib.closing(parts.executor(c)))
     self._say(f'executor: {self.executor.isolation}')
 
@@ -135,7 +139,7 @@ class Run:
                                 **{k: c.selfplay[k] for k in _RULES})
     self.tools = selfplay.Tools(kinds=self.kinds, prompts=self.prompts, tokenizer=self.tokenizer,
                                 sample=self._sample, submit=self.executor.submit,
-                                rewards=self.rewards, excludes=evaluate.excludes(c),
+                                rewards=self.rewards, excludes=excludes,
                                 shape=lambda task: identity.shape(task.program))
 
   def params(self, role: Role) -> Any:

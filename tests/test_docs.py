@@ -9,9 +9,10 @@ import pkgutil
 import re
 
 import pytest
+import scripted
 
 import absolute_zero_jax
-from absolute_zero_jax import config
+from absolute_zero_jax import config, parts, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'absolute_zero_jax'
@@ -105,3 +106,25 @@ def test_the_metrics_of_a_run_are_documented():
                'independent_share', 'mismatch_abs', 'rows_without_advantage', 'solve_rate_share',
                'learnable_share'):
     assert name in source and name in text, name
+
+
+def test_the_examples_of_extending_play_an_iteration(tmp_path, monkeypatch):
+  """Each module of the page is a file of a user's, each line about `c` one of the config."""
+  monkeypatch.setattr(parts.sampler_lib, 'Sampler', scripted.Sampler)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.syspath_prepend(str(ROOT / 'tests'))
+  c = config.get_config()
+  config.shrink(c)
+  c.selfplay.prompts = scripted.prompt_folder(tmp_path / 'set')
+  c.selfplay.batch, c.selfplay.mc_samples, c.executor.workers = 4, 4, 2
+  for code in re.findall(r'```python\n(.*?)```', PAGES['extending.md'], re.S):
+    if code.startswith('# my_'):
+      (tmp_path / code.splitlines()[0][2:]).write_text(code)
+    else:
+      exec(code, {'c': c})
+  assert c.executor.name == 'my_executor:Counting' and c.selfplay.kinds[1:]
+  c.reward.intrinsic = {}              # the page's terms ask for packages
+  with run.Run(c) as current:
+    iteration = current.iterate()
+  assert iteration.metrics['executor/jobs'] > 0 and iteration.metrics['train/grad_norm'] > 0
+  assert any('malus' in e.parts for e in iteration.episodes)

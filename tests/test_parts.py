@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of a config that cannot become objects are refused in words."""
 
+import types
+
+import numpy as np
 import pytest
 
-from absolute_zero_jax import config, parts
+from absolute_zero_jax import config, parts, rewards, run
 
 RANDOM = 'random:llama,layers=1'
 
@@ -22,3 +25,60 @@ def test_a_random_model_needs_a_tokenizer():
   _, _, source = parts.model_without_parameters(c)
   with pytest.raises(config.ConfigError, match=f"model.tokenizer=''.*{RANDOM}.*'carried:tiny'"):
     parts.tokenizer(c, source)
+
+
+class Mute:
+  """Takes any fields and has nothing that is needed."""
+
+  def __init__(self, **fields):
+    del fields
+
+
+def fieldless():
+  return Mute()
+
+
+@pytest.mark.parametrize(('section', 'lacks'), [
+    ('reward', 'propose.*solve'), ('algorithm', 'advantages.*weights.*loss'),
+    ('executor', 'submit.*stats.*close.*isolation')])
+def test_an_object_of_ones_own_is_checked_when_it_is_made(section, lacks):
+  make = getattr(parts, 'rewards' if section == 'reward' else section)
+  with pytest.raises(config.ConfigError, match=f'{section}.name=.*Mute.* lacks .*{lacks}'):
+    make(_config(**{f'{section}__name': f'{__name__}:Mute'}))
+  with pytest.raises(config.ConfigError, match=f'{section}.name=.*fieldless.*unexpected keyword'):
+    make(_config(**{f'{section}__name': f'{__name__}:fieldless'}))
+  with pytest.raises(config.ConfigError, match=f'{section}.name=.*RANDOM.*not callable'):
+    make(_config(**{f'{section}__name': f'{__name__}:RANDOM'}))
+
+
+class Odd(rewards.Rewards):
+  """Gives what `RESULT` holds."""
+
+  def propose(self, attempt, counts=None):
+    return RESULT[0]
+
+  def solve(self, attempt):
+    return RESULT[0]
+
+
+RESULT = []
+
+
+@pytest.mark.parametrize('result', [
+    1.0, (1.0,), None, ('high', {}), (float('nan'), {}), (float('inf'), {}), (1.0, ('form', 1.0)),
+    (1.0, {'form': 'good'}), (1.0, {'form': float('nan')})])
+def test_a_reward_that_is_no_number_names_its_kind(result, monkeypatch):
+  made = parts.rewards(_config(reward__name=f'{__name__}:Odd'))
+  attempt = types.SimpleNamespace(kind=types.SimpleNamespace(name='deduction'))
+  monkeypatch.setattr(f'{__name__}.RESULT', [result])
+  for method in ('propose', 'solve'):
+    with pytest.raises(ValueError, match=f'reward.name=.*Odd.*{method} gave .* of deduction'):
+      getattr(made, method)(attempt)
+  monkeypatch.setattr(f'{__name__}.RESULT', [(1, {'form': np.float32(1)})])
+  assert made.solve(attempt) == made.propose(attempt, {}) == (1, {'form': 1.0})
+
+
+def test_what_excludes_tasks_must_be_a_function():
+  c = _config(selfplay__exclude=f'{__name__}:RANDOM', model__tokenizer='bytes')
+  with pytest.raises(config.ConfigError, match='selfplay.exclude=.*must be a function of a task'):
+    run.Run(c)
