@@ -33,6 +33,7 @@ from absolute_zero_jax import (
   selfplay,
   sharding,
   summary,
+  tasks,
 )
 from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import learner as learner_lib
@@ -92,6 +93,11 @@ class Run:
     c, start = self.c, time.perf_counter()
     self.prompts = prompts_lib.load(c.selfplay.prompts, c.selfplay.wrapper, c.selfplay.format_rule)
     self.kinds, self.rewards = parts.kinds(c), parts.rewards(c)
+    prompts_lib.check(
+        self.prompts, [k for k in self.kinds if type(k) in tasks.KINDS.values()],
+        references=c.selfplay.references * c.selfplay.show_references,
+        propose=c.command == 'seed' or c.selfplay.solver_only_steps < c.train.steps,
+        solve=c.command != 'seed')
     algorithm, optimizer = parts.algorithm(c), parts.optimizer(c)
     excludes = evaluate.excludes(c)
     if not callable(excludes):

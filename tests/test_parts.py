@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import pytest
+import scripted
 
 from absolute_zero_jax import config, parts, rewards, run
 
@@ -81,4 +82,13 @@ def test_a_reward_that_is_no_number_names_its_kind(result, monkeypatch):
 def test_what_excludes_tasks_must_be_a_function():
   c = _config(selfplay__exclude=f'{__name__}:RANDOM', model__tokenizer='bytes')
   with pytest.raises(config.ConfigError, match='selfplay.exclude=.*must be a function of a task'):
+    run.Run(c)
+
+
+def test_prompts_of_the_kinds_that_are_played_are_checked_before_the_model_is_loaded(tmp_path):
+  folder = scripted.prompt_folder(tmp_path)
+  (tmp_path / 'solve_error.txt').write_text('$zzz')
+  c = _config(selfplay__prompts=folder, selfplay__kinds=('deduction', 'error'),
+              model__name='nowhere')
+  with pytest.raises(ValueError, match=r'solve_error.txt mentions \$zzz'):
     run.Run(c)

@@ -184,12 +184,61 @@ def test_an_answer_may_be_looked_for_in_a_box(tmp_path):
 
 
 @pytest.mark.parametrize(('name', 'changes', 'words'), [
-    ('solve_deduction', 'costs $5', 'lone'),
+    ('solve_deduction', 'costs $5', 'lone'), ('solve_deduction', 'a ${input', 'lone'),
+    ('wrapper_answer', 'an answer', r'wrapper_answer.txt mentions \[\]; a wrapper holds .task'),
+    ('wrapper_answer', '$task $program', r"mentions \['program', 'task'\]"),
     ('solve_deduction', 'a<|response|>$input', 'no .field'),
     ('solve_deduction', 'a<|response|>b<|response|>', 'at most one')])
 def test_a_malformed_template_is_refused(tmp_path, name, changes, words):
   with pytest.raises(ValueError, match=words):
     prompts.load(str(_copy(tmp_path, **{name: changes})))
+
+
+def test_a_template_that_is_not_utf_8_is_named(tmp_path):
+  folder = _copy(tmp_path)
+  (folder / 'solve_error.txt').write_bytes(b'caf\xe9 $program')
+  with pytest.raises(ValueError, match='solve_error.txt is not UTF-8'):
+    prompts.load(str(folder))
+
+
+def test_a_sign_may_be_written(tmp_path):
+  given = prompts.load(str(_copy(tmp_path, solve_deduction='costs $$5 $input')))
+  assert "costs $5 'a'" in given.solve(TASK)         # a lone $ was seen in $$5
+
+
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'solve_deduction': '$zzz'}, r'solve_deduction.txt mentions \$zzz; its fields are blocks'),
+    ({'reference_deduction': '$code'}, r'reference_deduction.txt mentions \$code'),
+    ({'propose_deduction': '$program'}, r'propose_deduction.txt mentions \$program; .* references'),
+    ({'propose_induction': '$banned'}, r'propose_induction.txt mentions \$banned')])
+def test_what_a_played_kind_asks_for_is_checked_at_the_start(tmp_path, changes, words):
+  kinds = [tasks.get('deduction'), tasks.get('induction')]
+  given = prompts.load(str(_copy(tmp_path, **changes)))
+  with pytest.raises(ValueError, match=words):
+    prompts.check(given, kinds)
+  prompts.check(given, [tasks.get('abduction')])
+
+
+def test_a_file_is_missed_by_the_kinds_and_the_roles_that_are_played(tmp_path):
+  folder = _copy(tmp_path)
+  for file in ('propose_deduction', 'reference_abduction', 'solve_induction'):
+    (folder / f'{file}.txt').unlink()
+  given = prompts.load(str(folder))
+  deduction, abduction, induction = map(tasks.get, ('deduction', 'abduction', 'induction'))
+  for kind, file, options in ((deduction, 'propose_deduction', {'propose': False}),
+                              (induction, 'solve_induction', {'solve': False})):
+    with pytest.raises(ValueError, match=f'no {file}.txt'):
+      prompts.check(given, [kind])
+    prompts.check(given, [kind], **options)
+  with pytest.raises(ValueError, match='no reference_abduction.txt'):
+    prompts.check(given, [abduction])
+
+
+@pytest.mark.parametrize('name', ['compact', 'think', 'tiny', 'tiny_direct', 'tiny_think'])
+def test_the_sets_that_come_along_are_whole(name):
+  names = list(tasks.KINDS) if name in ('compact', 'think') else [
+      'deduction', 'abduction', 'induction']
+  prompts.check(prompts.load(name), [tasks.get(kind) for kind in names])
 
 
 @pytest.mark.parametrize(('load', 'words'), [

@@ -25,7 +25,7 @@ prompt as its opening and read back as part of the response. `set.json` says:
                   `after`, a mark behind which the answer stands, so that thinking may precede it
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -36,6 +36,7 @@ import pathlib
 import random
 import re
 import string
+from typing import Any
 
 from absolute_zero_jax.tasks import text
 from absolute_zero_jax.types import Role, Task
@@ -81,10 +82,10 @@ class PromptSet:
     """The whole prompt, wrapper and opened response included.
 
     A field the template does not mention is ignored; one it mentions and does not get raises
-    KeyError. Field values are inserted as they are, `$` in a program is not looked at again.
+    ValueError. Field values are inserted as they are, `$` in a program is not looked at again.
     """
-    body, opening = self._split(self._file(f'{_name(role)}_{kind}'))
-    return self.wrap(string.Template(body).substitute(fields), opening)
+    body, opening = self._filled(f'{_name(role)}_{kind}', fields)
+    return self.wrap(body, opening)
 
   def wrap(self, page: str, opening: str = '') -> str:
     """A page in the set's wrapper: for kinds that bring their own prompt text."""
@@ -168,8 +169,7 @@ class PromptSet:
     if not sources:
       return ''
     names = ', '.join(f'g_{i}' for i in range(len(sources)))
-    return string.Template(self._file('composite')).substitute(
-        functions='\n\n'.join(sources), names=names)
+    return self._filled('composite', {'functions': '\n\n'.join(sources), 'names': names})[0]
 
   def choose(self, role: Role | str, kind: str, variant: int, like: str = '') -> list[Task]:
     """The worked examples a prompt shows: one page, shuffled, cut to the set's number.
@@ -190,9 +190,17 @@ class PromptSet:
     return rng.sample(page, min(count, len(page)))
 
   def _list(self, file: str, tasks: Sequence[Task]) -> str:
-    template = string.Template(self._file(file)) if tasks else None
-    return ''.join(template.substitute(index=i, **task_fields(task))
+    return ''.join(self._filled(file, {'index': i} | task_fields(task))[0]
                    for i, task in enumerate(tasks, 1))
+
+  def _filled(self, file: str, fields: Mapping[str, object]) -> tuple[str, str]:
+    """The template up to its mark, with the fields in it, and the opening behind the mark."""
+    body, opening = self._split(self._file(file))
+    try:
+      return string.Template(body).substitute(fields), opening
+    except KeyError as error:
+      raise ValueError(f'prompt set {self.name!r}: {file}.txt mentions ${error.args[0]}; its '
+                       f'fields are {", ".join(sorted(fields))}.') from error
 
   def _format(self, role: Role | str, kind: str) -> Format:
     if self.wrapper in WRAPPERS_WITH_TAGS:
@@ -267,9 +275,32 @@ def _load(name: str, wrapper: str, rule: str) -> PromptSet:
     raise ValueError(f"{folder}/set.json: rule={rule!r} must be 'strict' or 'azr'.")
   for file, body in files.items():
     _check(f'{folder}/{file}.txt', body)
+    fields = set(string.Template(body).get_identifiers())
+    if file.startswith('wrapper_') and fields != {'task'}:
+      raise ValueError(f'{folder}/{file}.txt mentions {sorted(fields)}; a wrapper holds $task, the '
+                       'text of the task, and no other field.')
   digest = hashlib.sha256(json.dumps([wrapper, rule, sorted(raw.items())]).encode()).hexdigest()
   return PromptSet(folder.name, version, digest, wrapper, rule, shown, formats, files, examples,
                    bool(settings.get('boxed_retry')))
+
+
+def check(prompts: PromptSet, kinds: Sequence[Any], *, references: int = 1, propose: bool = True,
+          solve: bool = True) -> None:
+  """Raises ValueError for a template that `kinds` will ask for and that is missing or wrong.
+
+  Every kind writes its prompts about its seeds once.
+
+  Args:
+    kinds: built-in ones; others may bring their own pages.
+    references: how many a proposer is shown.
+    propose, solve: which prompts will be asked for.
+  """
+  for kind in kinds:
+    seeds = kind.seeds()
+    if propose:
+      kind.propose_prompt(seeds[:max(references, kind.min_references)], prompts)
+    if solve:
+      kind.solve_prompt(seeds[0], prompts)
 
 
 def task_fields(task: Task) -> dict[str, str]:
@@ -304,17 +335,23 @@ def _example(kind: str, row: dict) -> Task:
 
 def _texts(folder: pathlib.Path) -> dict[str, str]:
   """Contents of a set's files by name."""
-  return {p.name: p.read_text(encoding='utf-8') for p in sorted(folder.iterdir())
-          if p.suffix in ('.txt', '.json')}
+  texts = {}
+  for path in sorted(folder.iterdir()):
+    if path.suffix in ('.txt', '.json'):
+      try:
+        texts[path.name] = path.read_text(encoding='utf-8')
+      except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not UTF-8 ({error}); save it so.') from error
+  return texts
 
 
 def _check(where: str, body: str) -> None:
   before, *rest = body.split(MARK)
   if len(rest) > 1 or '$' in ''.join(rest):
     raise ValueError(f'{where}: at most one {MARK}, and no $field after it.')
-  bad = re.search(r'\$(?!\$|\{?[a-z_]+\}?)', before)
-  if bad:
-    raise ValueError(f'{where}: a lone $ at character {bad.start()}; write $$ for the sign.')
+  for found in string.Template.pattern.finditer(before):
+    if found['invalid'] is not None:
+      raise ValueError(f'{where}: a lone $ at character {found.start()}; write $$ for the sign.')
 
 
 def _overlap(source: str, page: Sequence[Task]) -> float:
