@@ -4,6 +4,7 @@
 from collections.abc import Callable, Sequence
 import contextlib
 import functools
+import inspect
 import math
 import os
 import pathlib
@@ -64,20 +65,57 @@ def kinds(c: ConfigDict, names: Sequence[str] = ()) -> list[tasks.Kind]:
 
   `names` replaces `selfplay.kinds`.
   """
+  names = names or c.selfplay.kinds
+  set_for = {'cases': 'selfplay.induction_cases', 'score': 'reward.induction'}
   options = {'probes': c.selfplay.probes} | c.selfplay.kind_options.to_dict()
-  rules = options.pop('rules', {})
-  if rules.get('banned_words') == 'azr':
-    rules['banned_words'] = program.AZR_BANNED_WORDS
+  for name in set_for.keys() & options.keys():
+    raise config_lib.ConfigError(f'selfplay.kind_options.{name}={options[name]!r}: set '
+                                 f'{set_for[name]} instead.')
+  built_in = [tasks.KINDS[name] for name in names if name in tasks.KINDS]
+  _check_types(options, built_in, 'selfplay.kind_options', skip=('rules', 'composites'))
+  rules = _section(options, 'rules', tasks.Rules)
   if c.command == 'seed' and c.seeding.clean:
     rules['clean'] = c.seeding.clean
+  composites = _section(options, 'composites', composite.Schedule)
   try:
-    options['rules'] = tasks.Rules(**rules)
-    options['composites'] = composite.Schedule(**options.get('composites', {}))
+    options |= {'rules': tasks.Rules(**rules), 'composites': composite.Schedule(**composites)}
   except TypeError as e:
     raise config_lib.ConfigError(f'selfplay.kind_options: {e}; the fields are those of tasks.Rules '
                                  'and tasks.composite.Schedule.') from e
   return [tasks.get(name, cases=c.selfplay.induction_cases, score=c.reward.induction, **options)
-          for name in names or c.selfplay.kinds]
+          for name in names]
+
+
+def _section(options, name, owner):
+  values = options.get(name, {})
+  if not isinstance(values, dict):
+    raise config_lib.ConfigError(f'selfplay.kind_options.{name}={values!r} must be a section with '
+                                 f'fields of {list(inspect.signature(owner).parameters)}.')
+  if values.get('banned_words') == 'azr':
+    values['banned_words'] = program.AZR_BANNED_WORDS
+  _check_types(values, [owner], f'selfplay.kind_options.{name}')
+  return values
+
+
+def _check_types(values, owners, field, skip=()):
+  """Raises ConfigError for a value of another type than the owners' default; tuples hold text."""
+  for key in values:
+    if not isinstance(key, str):
+      raise config_lib.ConfigError(f'{field} has the key {key!r}; keys are names of options.')
+  for owner in owners:
+    for name, parameter in inspect.signature(owner).parameters.items():
+      default = parameter.default
+      if name not in values or name in skip or default in (None, parameter.empty):
+        continue
+      value = values[name]
+      wanted = {float: (int, float), tuple: (tuple, list)}.get(type(default), type(default))
+      right = isinstance(value, wanted) and isinstance(value, bool) == isinstance(default, bool)
+      if right and isinstance(default, tuple):
+        right = all(isinstance(part, str) for part in value)
+      if not right:
+        kind = 'a tuple of texts' if isinstance(default, tuple) else type(default).__name__
+        raise config_lib.ConfigError(
+            f'{field}.{name}={value!r} must be {kind}, like the default {default!r}.')
 
 
 def rewards(c: ConfigDict) -> Any:

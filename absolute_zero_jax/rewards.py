@@ -57,8 +57,11 @@ class Rewards:
     for what, allowed in (('learnability', LEARNABILITY), ('induction', INDUCTION),
                           ('format_mode', FORMAT_MODES), ('combine', COMBINE)):
       _one_of(f'reward.{what}', getattr(self, what), allowed)
-    for name in self.intrinsic:
+    for name, pair in self.intrinsic.items():
       _one_of('reward.intrinsic', name, tuple(INTRINSIC))
+      if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(_is_finite, pair))):
+        raise ValueError(f'reward.intrinsic.{name}={pair!r} must be two finite numbers, '
+                         '(coefficient, cap).')
 
   def propose(self, attempt, counts: Mapping[str, intrinsic_lib.Counts] | None = None
               ) -> tuple[float, dict[str, float]]:
@@ -207,6 +210,10 @@ def combine(value: float, terms: Sequence[float], how: str = 'sum') -> float:
     for one in terms:
       joined *= one
   return value + joined if how in ('sum', 'sum_multiply') else value * joined
+
+
+def _is_finite(x: Any) -> bool:
+  return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:

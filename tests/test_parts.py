@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scripted
 
-from absolute_zero_jax import config, parts, rewards, run
+from absolute_zero_jax import config, parts, rewards, run, tasks
 
 RANDOM = 'random:llama,layers=1'
 
@@ -92,3 +92,31 @@ def test_prompts_of_the_kinds_that_are_played_are_checked_before_the_model_is_lo
               model__name='nowhere')
   with pytest.raises(ValueError, match=r'solve_error.txt mentions \$zzz'):
     run.Run(c)
+
+
+@pytest.mark.parametrize(('options', 'words'), [
+    ({'rules': 5}, 'rules=5 must be a section .*max_chars'),
+    ({'rules': {'max_chars': 'x'}}, "rules.max_chars='x' must be int"),
+    ({'rules': {'clean': 5}}, 'rules.clean=5 must be a tuple of texts'),
+    ({'rules': {'banned_words': 'os'}}, "rules.banned_words='os' must be a tuple"),
+    ({'composites': {'chance': 'zzz'}}, "composites.chance='zzz' must be float"),
+    ({'composites': {'start_step': True}}, 'composites.start_step=True must be int'),
+    ({'timeout_s': 'x'}, "kind_options.timeout_s='x' must be float"),
+    ({'banned_statements': 5}, 'banned_statements=5 must be a tuple of texts'),
+    ({'banned_statements': (1,)}, 'banned_statements=.1,. must be a tuple of texts'),
+    ({'distinct_inputs': 1}, 'distinct_inputs=1 must be bool'),
+    ({'cases': 4}, 'cases=4: set selfplay.induction_cases'),
+    ({'beauty': 4}, 'no kind has an option .*beauty'), ({1: 2}, 'kind_options.*1')])
+def test_options_of_kinds_have_the_types_of_their_defaults(options, words):
+  with pytest.raises(ValueError, match=words):
+    parts.kinds(_config(selfplay__kinds=tuple(tasks.KINDS), selfplay__kind_options=options))
+
+
+def test_options_of_kinds_are_passed_on():
+  deduction, induction = parts.kinds(_config(
+      selfplay__kinds=('deduction', 'induction'), selfplay__kind_options={
+          'timeout_s': 3, 'rules': {'banned_words': 'azr', 'clean': ['prints']},
+          'composites': {'chance': 1}, 'source_kinds': ['deduction']}))
+  assert deduction.timeout_s == induction.timeout_s == 3 and deduction.composites.chance == 1
+  assert 'bcrypt' in deduction.rules.banned_words and deduction.rules.clean == ('prints',)
+  assert induction.source_kinds == ('deduction',)

@@ -145,6 +145,14 @@ def test_unknown_options_are_refused(options):
     rewards.get(**options)
 
 
+@pytest.mark.parametrize('pair', [
+    0.5, (0.5,), (0.5, 0.5, 0.5), ('a', 0.5), (0.5, None), (float('nan'), 0.5),
+    (0.5, float('inf')), (True, 0.5), '12'])
+def test_an_intrinsic_term_has_a_coefficient_and_a_cap(pair):
+  with pytest.raises(ValueError, match='reward.intrinsic.halstead=.*two finite numbers'):
+    rewards.get(intrinsic={'halstead': pair})
+
+
 def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'radon.complexity', None)
   with pytest.raises(ValueError, match='pip install radon'):
