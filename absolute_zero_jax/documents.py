@@ -98,13 +98,23 @@ class Writer:
 
   Args:
     failed: inductions with a model's own wrong guesses, which then take the place of `rival`s.
+
+  Raises:
+    ValueError: the prompts are not continued by a bare answer, so none can be written.
   """
 
   def __init__(self, prompts: prompts_lib.PromptSet, recipe: Recipe,
                failed: Sequence[Failed] = ()):
     self._prompts, self.recipe, self._failed = prompts, recipe, failed
-    self._kinds = {name: tasks.get(name, cases=recipe.cases)
-                   for name in ('deduction', 'abduction', 'induction')}
+    names = ('deduction', 'abduction', 'induction')
+    self._kinds = {name: tasks.get(name, cases=recipe.cases) for name in names}
+    missing = [f'solve_{name}' for name in names if f'solve_{name}' not in prompts.formats]
+    if missing or prompts.wrapper in prompts_lib.WRAPPERS_WITH_TAGS:
+      raise ValueError(
+          f"selfplay.prompts={prompts.name!r} (wrapper {prompts.wrapper!r}) cannot be pre-trained "
+          f"on: its set.json has no formats of {missing or 'answers without tags'}; take 'tiny', "
+          'or a set whose prompts an answer continues.')
+    prompts_lib.check(prompts, self._kinds.values(), references=recipe.references)
 
   def document(self, rng: random.Random) -> list[tuple[str, str]]:
     """(prompt, response) pairs that follow each other; an end token stands after each response."""

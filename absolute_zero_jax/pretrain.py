@@ -59,6 +59,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   model, _, source = parts.model_without_parameters(c)
   tokenizer = parts.tokenizer(c, source)
   tokenizer.check(model.vocab)
+  documents.Writer(prompts_lib.load(c.selfplay.prompts), recipe(c))    # may refuse the prompts
   tx = optimizer.make_optimizer(steps=c.train.steps, **{
       k: v for k, v in c.optimizer.to_dict().items() if k not in ('clip_norm', 'accumulate_dtype')})
   with contextlib.ExitStack() as stack:

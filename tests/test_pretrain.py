@@ -120,6 +120,12 @@ def test_one_step_is_adamw_on_the_weighted_next_token_loss():
     np.testing.assert_allclose(mine, 0.1 * theirs, atol=2e-6)
 
 
+def test_prompts_that_no_bare_answer_continues_are_refused_before_any_work(tmp_path):
+  with pytest.raises(ValueError, match="selfplay.prompts='think' .*formats of .*solve_deduction"):
+    pretrain.run(_config(selfplay__prompts='think'), tmp_path / 'run', stream=io.StringIO())
+  assert not (tmp_path / 'run').exists()
+
+
 def test_a_run_goes_on_with_its_own_wrong_guesses(tmp_path, monkeypatch):
   """Asked once after each step that the config names; a resumed run reads them from the file."""
   fields = {'pretrain__guess_steps': (2, 4), 'pretrain__guess_count': 7, 'train__steps': 8}
