@@ -37,10 +37,7 @@ def specs(config: ModelConfig, *, rank: int, targets: Sequence[str] = tuple(TARG
 
   Raises ValueError for an unknown target, none, or a rank below 1.
   """
-  unknown = [t for t in targets if t not in TARGETS]
-  if unknown or not targets or len(set(targets)) != len(targets):
-    raise ValueError(f'lora.targets={tuple(targets)} cannot work; allowed: one or more of '
-                     f'{", ".join(TARGETS)}, each once.')
+  check_targets(targets)
   if rank < 1:
     raise ValueError(f'lora.rank={rank} must be at least 1; leave LoRA out for full training.')
   layers, out = decoder.param_specs(config)['layers'], {}
@@ -50,6 +47,14 @@ def specs(config: ModelConfig, *, rank: int, targets: Sequence[str] = tuple(TARG
     out[name] = {'a': decoder.Spec((*shape[:cut], rank), (*axes[:cut], None)),
                  'b': decoder.Spec((shape[0], rank, *shape[cut:]), (axes[0], None, *axes[cut:]))}
   return out
+
+
+def check_targets(targets: Sequence[str]) -> None:
+  """Raises ValueError for an unknown target, a repeated one, or none."""
+  unknown = [t for t in targets if t not in TARGETS]
+  if unknown or not targets or len(set(targets)) != len(targets):
+    raise ValueError(f'lora.targets={tuple(targets)} cannot work; allowed: one or more of '
+                     f'{", ".join(TARGETS)}, each once.')
 
 
 def init(config: ModelConfig, key: jax.Array, *, rank: int,

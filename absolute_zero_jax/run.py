@@ -99,6 +99,7 @@ class Run:
         propose=c.command == 'seed' or c.selfplay.solver_only_steps < c.train.steps,
         solve=c.command != 'seed')
     algorithm, optimizer = parts.algorithm(c), parts.optimizer(c)
+    lora.check_targets(c.lora.targets)          # with rank 0 too: a typo is found before it counts
     excludes = evaluate.excludes(c)
     if not callable(excludes):
       raise config_lib.ConfigError(f'selfplay.exclude={c.selfplay.exclude!r} is {excludes!r:.80}; '
@@ -114,6 +115,9 @@ class Run:
     self.tokenizer.check(self.model.vocab)
     self._say(f'model: {c.model.name}, {_count(decoder.param_specs(self.model)) / 1e6:.0f}M '
               f'parameters, {time.perf_counter() - start:.1f} s')
+    if c.model.tokenizer and self.source and 2 * self.tokenizer.vocab_size < self.model.vocab:
+      self._say(f'note: model.tokenizer={c.model.tokenizer!r} has {self.tokenizer.vocab_size} '
+                f'tokens, the model {self.model.vocab}: is it the one the model was trained with?')
     longest = c.sampler.max_prompt_tokens + parts.longest_response(c)
     if longest > self.model.max_positions:
       self._say(f'note: sampler.max_prompt_tokens and the longest response are {longest} tokens '

@@ -99,5 +99,9 @@ def _stops(folder: pathlib.Path | None) -> tuple[int, ...]:
   for name in ('generation_config.json', 'config.json'):
     ids = _read_json(folder, name).get('eos_token_id')
     if ids is not None:
-      return (ids,) if isinstance(ids, int) else tuple(ids)
+      found = ids if isinstance(ids, list) else [ids]
+      if not all(type(i) is int for i in found):
+        raise ValueError(f'{folder / name}: eos_token_id={ids!r} must be a token id or a list of '
+                         'them. Fetch the file again.')
+      return tuple(found)
   return ()

@@ -179,3 +179,9 @@ def test_configs_are_hashable_and_equal_by_value():
 def test_rope_scaling_kinds(kind):
   with pytest.raises(ValueError, match='linear'):
     configs.RopeScaling(kind, 2.0)
+
+
+def test_a_refused_config_is_named_by_its_folder(tmp_path):
+  (tmp_path / 'config.json').write_text(json.dumps(QWEN3_4B | {'hidden_act': 'relu'}))
+  with pytest.raises(ValueError, match=f'{tmp_path}: model config: hidden_act='):
+    ModelConfig.from_hf(tmp_path)

@@ -3,11 +3,14 @@
 
 import types
 
+import jax
 import numpy as np
 import pytest
 import scripted
 
 from absolute_zero_jax import config, parts, rewards, run, tasks
+from absolute_zero_jax.models import decoder, hf
+from absolute_zero_jax.models.config import ModelConfig
 
 RANDOM = 'random:llama,layers=1'
 
@@ -120,3 +123,18 @@ def test_options_of_kinds_are_passed_on():
   assert deduction.timeout_s == induction.timeout_s == 3 and deduction.composites.chance == 1
   assert 'bcrypt' in deduction.rules.banned_words and deduction.rules.clean == ('prints',)
   assert induction.source_kinds == ('deduction',)
+
+
+def test_lora_targets_are_checked_without_adapters_too():
+  with pytest.raises(ValueError, match=r"lora.targets=\('query',\) cannot work"):
+    run.Run(_config(lora__targets=('query',), model__name='nowhere'))
+
+
+def test_a_tokenizer_that_is_much_smaller_than_the_model_is_noted(tmp_path):
+  model = ModelConfig('llama', vocab=600, embed=16, layers=1, heads=1, kv_heads=1, head_dim=16,
+                      ffn=16, tied=True)
+  hf.save(model, decoder.init(model, jax.random.key(0)), tmp_path)
+  notes = []
+  c = _config(model__name=str(tmp_path), model__tokenizer='bytes', executor__workers=2)
+  run.Run(c, progress=notes.append).close()
+  assert any("model.tokenizer='bytes' has 259 tokens, the model 600" in note for note in notes)

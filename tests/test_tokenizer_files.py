@@ -4,6 +4,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -212,6 +213,14 @@ def test_mistakes_are_named(tmp_path, llama3_dir):
   (tmp_path / 'folder').mkdir()
   with pytest.raises(ValueError, match='neither tokenizer.json nor'):
     tokenizer.load(tmp_path / 'folder')
+
+
+@pytest.mark.parametrize('ids', ['2', {'id': 2}, [1, '2'], 2.0, True])
+def test_ends_that_are_no_token_ids_are_refused(qwen_dir, tmp_path, ids):
+  shutil.copytree(qwen_dir, tmp_path / 'model')
+  (tmp_path / 'model' / 'generation_config.json').write_text(json.dumps({'eos_token_id': ids}))
+  with pytest.raises(ValueError, match='generation_config.json: eos_token_id=.*a token id'):
+    tokenizer.load(tmp_path / 'model')
 
 
 def test_a_truncated_or_foreign_sentencepiece_model_is_refused(tmp_path, llama2_model):

@@ -103,7 +103,13 @@ class ModelConfig:
       ValueError: the file is missing or no JSON, a field is missing, or the config asks for
         something not implemented; the text names field, value and what is allowed.
     """
-    return _from_hf(source if isinstance(source, Mapping) else _read(pathlib.Path(source)))
+    if isinstance(source, Mapping):
+      return _from_hf(source)
+    found = _read(pathlib.Path(source))
+    try:
+      return _from_hf(found)
+    except ValueError as e:
+      raise ValueError(f'{source}: {e}') from e
 
   def to_hf(self) -> dict[str, Any]:
     """Contents of a config.json that transformers (4 and 5) loads; `from_hf` gives `self` back.
