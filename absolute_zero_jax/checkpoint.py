@@ -104,7 +104,10 @@ def claim(workdir: epath.Path, config: dict[str, Any], *, free: tuple[str, ...] 
   """
   path = workdir / 'config.json'
   workdir.mkdir(parents=True, exist_ok=True)
-  if free is not None and path.exists():
+  if free is not None and not path.exists():
+    raise CheckpointError(f'{workdir} holds checkpoints, but no config.json that says of which '
+                          'run; put it back, or use another --workdir.')
+  if free is not None:
     try:
       found = json.loads(path.read_text())
     except ValueError as e:

@@ -19,7 +19,6 @@ Source: Absolute Zero (arXiv:2505.03335) Algorithm 1; spec section 1.2.
 import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -245,14 +244,7 @@ def draw_tasks(step: int, buffer, tools: Tools, rules: Rules, rng,
 
 def _episode(a: Attempt, step: int, scored: tuple[float, dict[str, float]], *,
              train: bool) -> Episode:
-  try:
-    reward, parts = scored
-    finite = math.isfinite(reward)
-  except (TypeError, ValueError):
-    finite = False
-  if not finite:
-    raise ValueError(f'reward.name gave {scored!r} for {a.kind.name}, role {a.role.value}; it must '
-                     'give a finite number and a dict of its parts.')
+  reward, parts = scored
   return Episode(role=a.role, kind=a.kind.name, step=step, group=a.group, turns=(a.turn,),
                  status=a.status, reward=float(reward), parts=parts, task=a.task, answer=a.answer,
                  train=train)

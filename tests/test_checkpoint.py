@@ -112,9 +112,11 @@ def test_a_damaged_step_is_named_with_the_one_before_it(tmp_path, damage):
 def test_a_workdir_belongs_to_one_config(tmp_path):
   workdir = epath.Path(tmp_path / 'run')
   c = config.get_config()
-  claim = lambda: checkpoint.claim(
-      workdir, config.to_json(c), free=('train.steps', 'log'), differences=config.differences)
-  claim()
+  claim = lambda free=('train.steps', 'log'): checkpoint.claim(
+      workdir, config.to_json(c), free=free, differences=config.differences)
+  with pytest.raises(checkpoint.CheckpointError, match='no config.json'):
+    claim()
+  claim(free=None)                                           # a new run
   c.train.steps, c.log.samples = 9, 0                        # free: the run goes on
   claim()
   assert json.loads((tmp_path / 'run' / 'config.json').read_text())['train']['steps'] == 9

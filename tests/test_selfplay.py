@@ -123,13 +123,6 @@ def test_the_reference_measures_without_the_format_test(executor, rule, rate, wa
   assert sorted(measured) == [-1.0, -1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize('given', [float('nan'), (float('nan'), {}), ('a', {}), 1.0])
-def test_a_reward_that_is_none_is_named(executor, monkeypatch, given):
-  monkeypatch.setattr(rewards.Rewards, 'solve', lambda self, attempt: given)
-  with pytest.raises(ValueError, match='reward.name gave.*deduction, role solve'):
-    _play(Script([GOOD % 1], _answer(True)), executor)
-
-
 def test_a_kind_may_have_a_batch_of_its_own(executor):
   script = Script([GOOD % n for n in range(5)], _answer(True))
   (result,), _ = _play(script, executor, kinds=('deduction', 'abduction'), batch=2,

@@ -213,9 +213,9 @@ def test_a_killed_process_continues_where_it_was(how, tmp_path):
 def test_a_run_goes_on_where_the_machine_is_another(tmp_path):
   c = config.get_config()
   workdir = epath.Path(tmp_path)
-  claim = lambda: checkpoint.claim(
-      workdir, config.to_json(c), free=train.FREE_FIELDS, differences=config.differences)
-  claim()
+  claim = lambda free=train.FREE_FIELDS: checkpoint.claim(
+      workdir, config.to_json(c), free=free, differences=config.differences)
+  claim(free=None)
   c.mesh.fsdp, c.sampler.cpu_devices, c.sampler.slots, c.executor.workers = 2, -1, 8, 4
   claim()
   c.sampler.temperature = 0.5
