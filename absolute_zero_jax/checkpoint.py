@@ -65,9 +65,11 @@ class Checkpoints:
   def _restore(self, step, args):
     try:
       return self._manager.restore(step, args=args)
-    except (jax.errors.JaxRuntimeError, PermissionError):    # not the bytes' fault
+    except FileNotFoundError as error:
+      raise self._damaged(step, repr(error)) from error
+    except (jax.errors.JaxRuntimeError, OSError):    # not the bytes' fault
       raise
-    except Exception as error:  # orbax raises bare Exception for bytes it cannot read
+    except Exception as error:  # orbax raises Exception itself for bytes that it cannot read
       raise self._damaged(step, repr(error)) from error
 
   def _damaged(self, step, reason):
@@ -75,8 +77,9 @@ class Checkpoints:
     after = ('begin anew: there is no earlier one' if earlier is None
              else f'continue from checkpoint {earlier}')
     reason = reason if len(reason) <= 200 else f'{reason[:200]} ...'
-    return CheckpointError(f'checkpoint {step} is damaged ({reason}). Delete the folder '
-                           f'{self._manager.directory / str(step)} to {after}.')
+    return CheckpointError(f'checkpoint {step} is damaged, or out of reach ({reason}). If it is '
+                           f'damaged, delete the folder {self._manager.directory / str(step)} to '
+                           f'{after}.')
 
   def wait(self) -> None:
     self._manager.wait_until_finished()

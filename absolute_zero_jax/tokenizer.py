@@ -190,7 +190,7 @@ class Tokenizer:
 
     Args:
       accept: whether the text up to the end of a stop text is a whole response; if not, the next
-        one is looked for.
+        one is looked for. What is whole must stay so however it goes on: few texts are asked about.
     """
     pieces = self.token_bytes(ids)
     data = b''.join(pieces)
@@ -199,10 +199,12 @@ class Tokenizer:
       if not stop:
         raise ValueError('A stop text must not be empty.')
       ends |= {found.end() for found in re.finditer(re.escape(stop.encode()), data)}
-    for end in sorted(ends):
-      if accept(data[:end].decode('utf-8', 'replace')):
-        return 1 + bisect.bisect_left(list(itertools.accumulate(map(len, pieces))), end)
-    return None
+    ends = sorted(ends)
+    is_whole = lambda end: accept(data[:end].decode('utf-8', 'replace'))
+    if not ends or not is_whole(ends[-1]):
+      return None
+    end = ends[bisect.bisect_left(ends, True, key=is_whole)]
+    return 1 + bisect.bisect_left(list(itertools.accumulate(map(len, pieces))), end)
 
   def chat(self, messages: Sequence[Mapping[str, Any]], *,
            add_generation_prompt: bool = True) -> str:

@@ -90,6 +90,8 @@ def test_think_prompts_open_the_thinking_and_stop_after_the_answer():
     ('in <answer>...</answer> tags</think><answer>5</answer>', None),
     ('so</think><answer>```python\nx = "</answer>"\n```</answer>', None),
     ('so</think> 5</answer> never mind', 'so</think> 5</answer>'),
+    ('so</think><answer>```python\nx\n```</answer></answer>',
+     'so</think><answer>```python\nx\n```</answer>'),
     ('an <answer>5</answer> without an end of thinking', '')])
 def test_a_response_is_cut_where_its_answer_ends(response, kept):
   given, bytewise = prompts.load('think'), tokenizer.load('bytes')
@@ -100,6 +102,21 @@ def test_a_response_is_cut_where_its_answer_ends(response, kept):
 
   assert cut(given) == (None if kept == '' else len(kept or response))
   assert cut(prompts.load('think', rule='azr')) is None       # as the reference: EOS alone
+
+
+def test_a_response_that_repeats_its_last_tag_costs_few_looks():
+  bytewise, asked = tokenizer.load('bytes'), []
+  response = 'so</think><answer>```python\n' + '</answer>\n' * 1000
+
+  def ends(text):
+    asked.append(text)
+    return prompts.load('think').ends('solve', 'deduction', text)
+
+  assert bytewise.stop_position(bytewise.encode(response), ['</answer>'], ends) is None
+  cut = response + '```</answer>'
+  assert bytewise.stop_position(bytewise.encode(cut + '</answer>' * 9), ['</answer>'], ends) == (
+      len(cut))
+  assert len(asked) < 20
 
 
 @pytest.mark.parametrize(('response', 'result'), [

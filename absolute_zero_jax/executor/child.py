@@ -98,7 +98,7 @@ def _compiled(source: str) -> bytes:
   """Marshalled code; b'' where the text does not compile, or to more than is worth keeping."""
   try:
     code = marshal.dumps(compile(source, '<task>', 'exec', dont_inherit=True))
-  except Exception:      # whatever the compiler may raise, it will raise in the child too
+  except Exception:      # here a model's text would end the service; the child gets it as text
     return b''
   return code if len(code) <= _MAX_CODE_BYTES else b''
 
@@ -112,7 +112,7 @@ def pack_call(arguments: str) -> bytes:
   """
   try:
     return marshal.dumps(compile(f'f({arguments})', '<input>', 'eval', dont_inherit=True))
-  except Exception:
+  except Exception:      # as above
     return b''
 
 

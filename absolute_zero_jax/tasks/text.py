@@ -122,16 +122,18 @@ def think_answer(text: str) -> str | None:
 
 
 def answer_ends(text: str) -> bool:
-  """Whether the closing answer tag that a response has just written is the end of its answer.
+  """Whether a response holds the closing tag that is the end of its answer, and maybe more.
 
   Not inside the thinking, where tags may be talked about, and not inside a fenced program.
   """
   _, closed, rest = text.partition(THINK_CLOSE)
-  answer = rest.lstrip().removeprefix(ANSWER_OPEN).removesuffix(ANSWER_CLOSE)
+  if not closed:
+    return False
+  # A tag behind the end of a fence does not keep it open.
+  answer = rest.lstrip().removeprefix(ANSWER_OPEN).replace(ANSWER_CLOSE, f'\n{ANSWER_CLOSE}\n')
   longest = max((len(run) for run in re.findall(r'`{3,}', answer)), default=3)
-  # A fence that is still open ends here, with the tag inside.
-  after = f'{answer}\n{ANSWER_CLOSE}\n{"`" * longest}'
-  return bool(closed) and ANSWER_CLOSE in outside_fences(after)
+  # A fence that is still open ends here, with the tags inside.
+  return ANSWER_CLOSE in outside_fences(f'{answer}\n{"`" * longest}')
 
 
 def is_well_formed_azr(text: str) -> bool:
