@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a config that cannot become objects are refused in words."""
+"""Names of a config become objects, or are refused in words."""
 
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scripted
@@ -138,3 +139,15 @@ def test_a_tokenizer_that_is_much_smaller_than_the_model_is_noted(tmp_path):
   c = _config(model__name=str(tmp_path), model__tokenizer='bytes', executor__workers=2)
   run.Run(c, progress=notes.append).close()
   assert any("model.tokenizer='bytes' has 259 tokens, the model 600" in note for note in notes)
+
+
+def test_cosine_reaches_zero_at_the_last_optimizer_step():
+  c = config.get_config()
+  c.optimizer.schedule, c.train.steps, c.selfplay.updates = 'cosine', 3, 2
+  c.algorithm.mini_batches = c.algorithm.epochs = 2
+  tx, moved = parts.optimizer(c), []
+  state, x = tx.init(jnp.zeros(3)), jnp.zeros(3)
+  for _ in range(24 + 1):
+    change, state = tx.update(jnp.ones(3), state, x)
+    moved.append(float(jnp.abs(change).max()))
+  assert all(a > b > 0 for a, b in zip(moved[:23], moved[1:24])) and moved[24] == 0

@@ -183,15 +183,17 @@ def test_reuse_generates_only_what_is_short(make):
     config.validate(c)
 
 
-def test_cosine_reaches_zero_at_the_last_optimizer_step(make):
-  c = make(optimizer__schedule='cosine', train__steps=3, selfplay__updates=2,
-           algorithm__mini_batches=2, algorithm__epochs=2)
-  tx, moved = parts.optimizer(c), []
-  state, x = tx.init(jnp.zeros(3)), jnp.zeros(3)
-  for _ in range(24 + 1):
-    change, state = tx.update(jnp.ones(3), state, x)
-    moved.append(float(jnp.abs(change).max()))
-  assert all(a > b > 0 for a, b in zip(moved[:23], moved[1:24])) and moved[24] == 0
+def test_what_would_go_unseen_is_said(make):
+  c, said = make(), []
+  for c.sampler.max_prompt_tokens in (1024, 8192):           # the model has 2,048 positions
+    with run.Run(c, progress=said.append):
+      assert any('the model was made for' in line for line in said) == (
+          c.sampler.max_prompt_tokens > 2048)
+  row = {'train/loss': 0.0, 'train/grad_norm': 0.0, 'train/entropy': 0.0, 'time/iteration': 1.0,
+         'sampler/tokens_per_s': 1.0}
+  for skipped in (0.0, 1.0):
+    line = run.summary.step_line(1, 1, row | {'train/skipped_updates': skipped}, [])
+    assert ('not finite' in line) == bool(skipped)
 
 
 def test_the_update_trains_the_distribution_that_was_drawn_from(make):

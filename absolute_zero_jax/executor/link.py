@@ -255,9 +255,13 @@ class Link:
     return entry
 
   def _send_suspect(self) -> None:
-    if self._suspects:
+    while self._suspects:
       number = self._suspects.popleft()
-      self._send_jobs([(number, self._pending[number])])
+      with self._room:
+        entry = self._pending.get(number)        # None: the service was closed meanwhile
+      if entry:
+        self._send_jobs([(number, entry)])
+        return
 
   def _restart(self) -> wire.Inbox | None:
     """Another supervisor in place of one that died, with every open job sent again."""
