@@ -9,13 +9,17 @@ from collections.abc import Iterable
 import dataclasses
 import gzip
 import json
+import os
 from typing import Any
+
+from etils import epath
 
 from absolute_zero_jax.types import Episode, EPISODE_VERSION, Role, Task, Turn
 
 
-def write(directory: Any, step: int, episodes: Iterable[Episode]) -> None:
-  """Writes `directory/000042.jsonl.gz` atomically; `directory` is an `etils.epath.Path`."""
+def write(directory: os.PathLike | str, step: int, episodes: Iterable[Episode]) -> None:
+  """Writes `directory/000042.jsonl.gz` atomically; the directory may be remote."""
+  directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   text = ''.join(json.dumps(to_json(e)) + '\n' for e in episodes)
   path = directory / f'{step:06d}.jsonl.gz'
@@ -25,13 +29,13 @@ def write(directory: Any, step: int, episodes: Iterable[Episode]) -> None:
   temporary.replace(path)
 
 
-def read(path: Any) -> list[Episode]:
+def read(path: os.PathLike | str) -> list[Episode]:
   """The episodes of one file.
 
   Raises:
     ValueError: the file was written by another version of the format.
   """
-  text = gzip.decompress(path.read_bytes()).decode('ascii')
+  text = gzip.decompress(epath.Path(path).read_bytes()).decode('ascii')
   return [from_json(json.loads(line)) for line in text.splitlines()]
 
 

@@ -35,6 +35,7 @@ def test_round_trip_is_exact(tmp_path_factory, some):
   directory = epath.Path(tmp_path_factory.mktemp('records'))
   records.write(directory, 7, some)
   assert records.read(directory / '000007.jsonl.gz') == some
+  assert records.read(str(directory / '000007.jsonl.gz')) == some
   assert [p.name for p in directory.iterdir()] == ['000007.jsonl.gz']    # nothing half-written
 
 
