@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from absolute_zero_jax import intrinsic, tasks
+from absolute_zero_jax import intrinsic
 from absolute_zero_jax.types import Task
 
 VERSION = 1
@@ -48,15 +48,6 @@ class TaskBuffer:
     self._added: dict[str, int] = {}
     self._counted: set[tuple[str, str]] = set()
     self._counts = {field: collections.defaultdict(collections.Counter) for field in FIELDS}
-
-  def seed_zero(self) -> None:
-    """Adds the zero triplet of every built-in kind named at construction.
-
-    A kind of one's own seeds itself: `buffer.extend(kind.seeds())`.
-    """
-    for kind in self._stores:
-      if kind in tasks.KINDS:
-        self.extend(tasks.get(kind).seeds())
 
   def add(self, task: Task) -> bool:
     """Stores a task; False when its kind already holds its key or the reservoir passes it by.
@@ -162,20 +153,6 @@ class TaskBuffer:
     made._stores = {kind: list(store) for kind, store in self._stores.items()}
     made._keys = {kind: dict(keys) for kind, keys in self._keys.items()}
     return made
-
-  def rollback(self, step: int) -> int:
-    """Drops every task born after `step`; how many. Counters follow.
-
-    Tasks that newer ones pushed out of a full store do not come back: restore `state` for that.
-    """
-    dropped = 0
-    for kind, store in self._stores.items():
-      for index in reversed(range(len(store))):
-        if store[index].born_step > step:
-          self._drop(kind, index)
-          self._added[kind] -= 1
-          dropped += 1
-    return dropped
 
   def count_types(self, task: Task) -> None:
     """Enters the values of the stored task of this key into `counts`; once; nothing if none is.

@@ -22,8 +22,6 @@ FILTERS = ('all', 'non_one', 'non_extremes')
 FORMAT_MODES = ('conditional', 'addition', 'multiply')
 INDUCTION = ('binary', 'accuracy', 'if_one_correct')
 
-INTRINSIC = intrinsic_lib.TERMS
-
 
 @dataclasses.dataclass(frozen=True)
 class Rewards:
@@ -37,7 +35,7 @@ class Rewards:
     learnability: 'one_minus', 'inverse' or 'variance'.
     induction: read by the induction kind (`score`); here so that the section is complete.
     format_mode: 'conditional', 'addition' or 'multiply'; see `solve`.
-    intrinsic: {name in `INTRINSIC`: (coefficient, cap)}.
+    intrinsic: {name in `intrinsic.TERMS`: (coefficient, cap)}.
     hierarchical: how `answer_diversity` counts.
     combine: how intrinsic terms join learnability.
     seed: read by `controls.Random` only.
@@ -58,7 +56,7 @@ class Rewards:
                           ('format_mode', FORMAT_MODES), ('combine', COMBINE)):
       _one_of(f'reward.{what}', getattr(self, what), allowed)
     for name, pair in self.intrinsic.items():
-      _one_of('reward.intrinsic', name, tuple(INTRINSIC))
+      _one_of('reward.intrinsic', name, tuple(intrinsic_lib.TERMS))
       if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(map(_is_finite, pair))):
         raise ValueError(f'reward.intrinsic.{name}={pair!r} must be two finite numbers, '
                          '(coefficient, cap).')
@@ -79,7 +77,7 @@ class Rewards:
       return self.zero_learnability, {'learnability': self.zero_learnability}
     parts = {'learnability': gain}
     for name, (coefficient, cap) in self.intrinsic.items():
-      value = INTRINSIC[name](task, attempt.references, counts or {}, self.hierarchical)
+      value = intrinsic_lib.TERMS[name](task, attempt.references, counts or {}, self.hierarchical)
       if value is not None:
         parts[name] = term(value, coefficient, cap)
     terms = [value for name, value in parts.items() if name != 'learnability']

@@ -15,7 +15,7 @@ ALLOWED = {                              # room -> rooms it may import
     'config_checks': set(), 'presets': set(),
     'executor': {'types'},
     'intrinsic': set(), 'rewards': {'intrinsic'}, 'tasks': {'types', 'rewards', 'intrinsic'},
-    'buffer': {'types', 'tasks', 'intrinsic'}, 'records': {'types'},
+    'buffer': {'types', 'intrinsic'}, 'records': {'types'},
     'grammar': {'tasks', 'types'}, 'tracing': {'grammar'}, 'lexicon': set(),
     'documents': {'grammar', 'tasks', 'tracing', 'types'},
     'guesses': {'documents', 'grammar', 'metrics', 'models', 'sampler', 'tasks', 'tracing',

@@ -43,12 +43,6 @@ def test_diversity():
   assert metrics.distinct_share([]) == 0
 
 
-def test_a_program_that_ignores_its_input_is_seen():
-  assert metrics.ignores_input('def f(a):\n  return 4')
-  assert not metrics.ignores_input(SIMPLE)
-  assert not metrics.ignores_input('no python (')
-
-
 def test_task_metrics():
   tasks = [Task('deduction', SIMPLE, (('1', '1'),)), Task('deduction', LOOP, (('[1]', "'a'"),))]
   found = metrics.task_metrics(tasks, [[tasks[0]], []])

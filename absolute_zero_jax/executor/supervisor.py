@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 import warnings
 
@@ -393,7 +392,3 @@ def main(argv: list[str]) -> None:
   gc.freeze()
   gc.set_threshold(_COLLECT_AFTER)
   Supervisor(client, options).run()
-
-
-if __name__ == '__main__':
-  main(sys.argv[1:])

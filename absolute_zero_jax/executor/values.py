@@ -20,8 +20,8 @@ from typing import Any
 MAX_FRAME_BYTES = 1 << 16   # of one tagged value on the wire
 MAX_NODES = 20_000
 MAX_DEPTH = 60
-# CPython refuses to print longer ints (sys.get_int_max_str_digits), so they could not be shown.
-MAX_INT_DIGITS = 4300
+# CPython prints no int of more than 4,300 digits (sys.get_int_max_str_digits), so longer ones could
+# not be shown; 14,280 bits are at most 4,299 digits.
 _MAX_INT_BITS = 14_280
 _SMALL_INT = 1 << 53
 

@@ -12,7 +12,7 @@ import tokenize
 from typing import NamedTuple
 
 from absolute_zero_jax import intrinsic
-from absolute_zero_jax.tasks import identity, program, text
+from absolute_zero_jax.tasks import identity, text
 from absolute_zero_jax.types import Task
 
 # Words of doubt and of checking again; our own list, after the idea of azr_spec 9.
@@ -91,13 +91,6 @@ def diversity(sources: Sequence[str]) -> float:
 def distinct_share(texts: Sequence[str]) -> float:
   """Distinct texts over all; 0 for none. For Monte-Carlo answers: near 1/n means greedy copies."""
   return len(set(texts)) / len(texts) if texts else 0.0
-
-
-def ignores_input(source: str) -> bool:
-  """Whether `f` never reads a parameter: the commonest sign of a proposer that collapses."""
-  tree = text.parse(source)
-  main = program.main_function(tree) if tree else None
-  return main is not None and not program.reads_parameter(main)
 
 
 def task_metrics(tasks: Sequence[Task], references: Sequence[Sequence[Task]] = ()
