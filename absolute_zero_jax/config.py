@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
   # What the command does: 'selfplay'; 'seed': write seed tasks; 'pretrain' a small model on
   # generated programs; 'evaluate' one on held-out programs.
   c.command = 'selfplay'
-  c.seed = 0
+  c.seed = 0                          # of all that is drawn
   # The preset this config started from, for who reads the run's config.json. See `PRESETS`.
   c.preset = 'azr'
 
@@ -61,7 +61,8 @@ def get_config() -> ConfigDict:
   c.selfplay = ConfigDict()
   # Names in `tasks.KINDS`, or 'module:name'.
   c.selfplay.kinds = ('abduction', 'deduction', 'induction')
-  # Prompt set: 'compact' (base and small models), 'think' (large ones), a directory, 'module:name'.
+  # Prompt set: 'compact' (base and small models), 'think' (large ones), 'tiny' and its like (the
+  # carried model), a directory, 'module:name'.
   c.selfplay.prompts = 'compact'
   # Its wrapper ('answer', 'boxed', 'none', or one of your own) and its format test of tagged
   # answers ('strict', or 'azr' as the reference tests); '' takes the set's own.
@@ -82,7 +83,8 @@ def get_config() -> ConfigDict:
   c.selfplay.kind_options = ConfigDict()
   # 'fresh': solve this iteration's tasks (paper); 'lagged': the previous one's (reference code).
   c.selfplay.solve_source = 'fresh'
-  # How solver tasks are drawn: 'max_new', 'half_new', 'uniform_total', 'step'.
+  # How solver tasks are drawn: 'max_new', 'half_new', 'uniform_total', 'step'; see
+  # `buffer.TaskBuffer.draw`.
   c.selfplay.draw = 'max_new'
   # Iterations that count as new for 'max_new' and 'half_new'.
   c.selfplay.recent_steps = 1
@@ -159,6 +161,7 @@ def get_config() -> ConfigDict:
   # holds and reads all weights, so this is for small models. -1 = as many as there are cores, of no
   # fewer than 16 slots; 0 = whatever devices there are belong to the mesh, sampler or not.
   c.sampler.cpu_devices = 0
+  # Longest prompt, and longest response of each role.
   c.sampler.max_prompt_tokens = 6144
   c.sampler.max_propose_tokens = 8096
   c.sampler.max_solve_tokens = 8096
@@ -184,7 +187,7 @@ def get_config() -> ConfigDict:
   c.reward.name = 'azr'
   c.reward.format_penalty = -1.0      # unreadable response, or a proposal that is no task
   c.reward.wrong_penalty = -0.5       # well-formed but wrong
-  # A valid proposal whose solve rate is 0 or 1: 0.0 (paper Eq. 4) or -0.5 (reference code).
+  # A valid proposal whose learnability is 0: 0.0 (paper Eq. 4) or -0.5 (reference code).
   c.reward.zero_learnability = 0.0
   # Of solve rate p. 'one_minus': 1 - p, 0 at p = 0; 'inverse': 1 - p always; 'variance': 4p(1 - p).
   c.reward.learnability = 'one_minus'
@@ -196,7 +199,8 @@ def get_config() -> ConfigDict:
   c.reward.intrinsic = ConfigDict()
   c.reward.hierarchical = False       # diversity by type first, then inside the type
   c.reward.seed = 0                   # of 'random'
-  c.reward.combine = 'sum'            # 'sum', 'multiply', 'sum_multiply', 'multiply_sum'
+  # How these terms join learnability: 'sum', 'multiply', 'sum_multiply', 'multiply_sum'.
+  c.reward.combine = 'sum'
 
   c.algorithm = ConfigDict()
   # A key of `reinforce.ALGORITHMS` or 'module:name'.
@@ -210,17 +214,18 @@ def get_config() -> ConfigDict:
   c.algorithm.whiten_count = 'token'
   # Factors on the finished advantages of a role, e.g. {'propose': 0.3}.
   c.algorithm.role_weights = ConfigDict()
-  # 'token', 'sequence', 'constant', 'role_microbatch' (reference code; spec section 8); '' is the
-  # algorithm's own.
+  # 'token', 'sequence', 'constant', 'role_microbatch' (reference code): see the functions of
+  # `advantages`; '' is the algorithm's own.
   c.algorithm.aggregation = ''
   c.algorithm.aggregation_rows = 16   # rows per slice of 'role_microbatch'
   c.algorithm.aggregation_tokens = 0  # the constant of 'constant'; 0 = the longest response
+  # The ratio is clipped to [1 - clip_low, 1 + clip_high].
   c.algorithm.clip_low = 0.2
   c.algorithm.clip_high = 0.2
-  c.algorithm.dual_clip = 0.0         # 0 = off
+  c.algorithm.dual_clip = 0.0         # bound on the ratio at negative advantages; 0 = off
   c.algorithm.entropy_coef = 0.0
   c.algorithm.kl_coef = 0.0           # needs roles.reference = 'base'
-  c.algorithm.kl_kind = 'k3'          # 'k1', 'k2', 'k3'
+  c.algorithm.kl_kind = 'k3'          # 'k1', 'k2', 'k3'; see `reinforce.kl`
   c.algorithm.kl_in = 'loss'          # 'loss' or 'reward'
   # Policy that the ratio refers to. 'current': ratio 1, no extra forward (one optimizer step per
   # batch); 'recompute': one more forward; 'sampler': what it reported; 'auto': 'current' where that

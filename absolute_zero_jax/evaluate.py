@@ -301,6 +301,7 @@ def _answers(tasks, count, temperature, tools, generate, limit):
     requests = [sampler_lib.Request(prompt_ids=ids, samples=n, max_new_tokens=limit)
                 for ids, n in zip(prompts, counts, strict=True)]
     return generate(requests, temperature, stop_fn, on_finish)
+  # Of the rules, answering reads `deadline_s` alone; those without a default must be named.
   rules = selfplay.Rules(**dict.fromkeys(
       ('batch', 'mc_samples', 'references', 'solve_source', 'draw', 'reference_draw',
        'recent_steps', 'keep', 'refuse_duplicates', 'show_references', 'train_propose', 'mc_use',

@@ -85,10 +85,11 @@ _CONSTANTS = {'k': tuple('0112233456789'), 'm': tuple('2234'), 'n': tuple('01'),
               'c': tuple(repr(c) for c in _LETTERS), 'o': ('>', '>', '<', '<', '==', '!=')}
 _TYPES = 'ilstd'
 _SLOT = re.compile(r'\$([a-zA-Z])')
-# Letters of types in the tables above; and how many programs `rival` chooses among: of the wrong
-# guesses at 300 programs 36 % are right about a shown pair with 40, 22 % with 10, 6 % with 1, and
-# they take the most of the time that documents take.
+# The letter of a type in the tables above.
 _LETTER_OF = {int: 'i', list: 'l', str: 's', tuple: 't', dict: 'd'}
+# How many programs `rival` chooses among. With more it guesses better (at 300 programs, with 1, 10
+# and 40: 6, 22 and 36 % of the guesses are right about a shown pair) and takes longer, which is
+# already most of the time that documents take.
 _RIVALS = 20
 
 

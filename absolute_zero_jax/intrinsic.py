@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Intrinsic values of a proposed task, of about [0, 1]: how complex, how unlike what was there.
 
-All are off by default; the paper found no significant gain from them (azr_spec 7.3).
+All are off by default; the paper found no significant gain from them (App. D).
 """
 
 import ast

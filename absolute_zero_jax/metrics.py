@@ -142,7 +142,7 @@ class Console:
     self._stream.flush()
 
   def stamp(self, text: str) -> None:
-    """A line with the seconds since the start of the process in front."""
+    """A line with the seconds since this console was made in front."""
     self.line(f'[{time.perf_counter() - self._start:6.1f}s] {text}')
 
   @contextlib.contextmanager

@@ -31,6 +31,7 @@ ConfigDict = config_lib.ConfigDict
 SAMPLER_SIZES = {'min_slots': (1, 64), 'cache_block': (64, 512), 'prompt_block': (32, 256),
                  'max_programs': (32, 12)}
 
+# Fields of `config.algorithm` that an algorithm is called with as they stand.
 _ALGORITHM = ('pass_k', 'whiten_by', 'whiten_count', 'aggregation', 'aggregation_rows', 'clip_low',
               'clip_high', 'dual_clip', 'entropy_coef', 'kl_coef', 'kl_kind', 'kl_in',
               'importance', 'importance_cap')
@@ -167,7 +168,7 @@ def _made(field: str, name: str, make: Callable[..., Any], wanted: Sequence[str]
 
 
 def optimizer(c: ConfigDict) -> Any:
-  """AdamW with its schedule; clipping is the learner's.
+  """AdamW or Muon with its schedule; clipping is the learner's.
 
   The schedule counts optimizer steps, of which an iteration may have several.
   """

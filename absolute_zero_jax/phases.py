@@ -158,7 +158,7 @@ class Proposals:
 
 
 class Answers:
-  """Answers to tasks, which may be asked for bit by bit; all answers to equal tasks are a group."""
+  """Answers to tasks, which may be asked for in parts; all answers to equal tasks are a group."""
 
   def __init__(self, name: str, tools: Tools, rules: Rules):
     self._name, self._tools, self._rules = name, tools, rules

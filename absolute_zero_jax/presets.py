@@ -4,7 +4,7 @@
 from typing import Any
 
 # What the paper's own code and the paper's own equations do, as differences from the default
-# `azr`. Source: the reference's `paper` branch; arXiv:2505.03335v2 Eq. 4-9; spec section 15.
+# `azr`. Source: the reference's `paper` branch; arXiv:2505.03335v2 Eq. 4-9.
 _AZR_PAPER = {
     'selfplay.solve_source': 'lagged', 'selfplay.refuse_duplicates': False,
     'selfplay.format_rule': 'azr', 'seeding.clean': ('comments', 'globals'),

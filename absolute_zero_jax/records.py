@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Episode records: one gzipped jsonl file per iteration under `workdir/episodes`.
 
-The one format that reports, replays and analyses read; `pandas.read_json(path, lines=True)` opens
-it. Log-probs are rounded to 6 digits; everything else is exact.
+The one format for replays and analyses; `read` and `pandas.read_json(path, lines=True)` open it.
+Log-probs are rounded to 6 digits; everything else is exact.
 """
 
 from collections.abc import Iterable

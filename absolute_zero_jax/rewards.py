@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards as named functions of numbers and strings.
 
-  proposal: no valid task -> format penalty; solve rate 0 or 1 -> zero_learnability; else
-            `learnability` of the rate, joined by intrinsic terms
+  proposal: no valid task -> format penalty; else `learnability` of the solve rate, joined by
+            intrinsic terms, but `zero_learnability` where it is 0
   answer:   unreadable -> format penalty; wrong -> wrong penalty; else the accuracy
 
 Intrinsic terms come from `intrinsic.py`; `term` scales and caps one, `combine` joins them to
@@ -30,9 +30,9 @@ class Rewards:
   Attributes:
     format_penalty: unreadable response, or a proposal that is no valid task.
     wrong_penalty: well-formed answer that is wrong.
-    zero_learnability: valid proposal of solve rate 0 or 1. Eq. 4 of the paper says 0, our default;
-      its code gives -0.5.
-    learnability: 'one_minus', 'inverse' or 'variance'.
+    zero_learnability: valid proposal whose learnability is 0: solve rate 0 or 1 (with 'inverse'
+      1 alone). Eq. 4 of the paper says 0, our default; its code gives -0.5.
+    learnability: 'one_minus', 'inverse' or 'variance'; see the function of that name.
     induction: read by the induction kind (`score`); here so that the section is complete.
     format_mode: 'conditional', 'addition' or 'multiply'; see `solve`.
     intrinsic: {name in `intrinsic.TERMS`: (coefficient, cap)}.
@@ -139,7 +139,8 @@ def learnability(rate: float, how: str = 'one_minus') -> float:
   too. 'variance', 4 rate (1 - rate), pays most for what is solved every other time: with a task's
   own mean as baseline that is how much its answers teach. All give 0 at rate 1.
 
-  Source: Absolute Zero Eq. 4; azr_spec 7.2. 'variance': Rutherford et al. 2024, arXiv:2408.15099.
+  Source: Absolute Zero Eq. 4; 'inverse' is the reference's. 'variance': Rutherford et al. 2024,
+  arXiv:2408.15099.
   """
   _one_of('learnability', how, LEARNABILITY)
   if not 0 <= rate <= 1:
@@ -157,7 +158,7 @@ def solve(well_formed: bool, accuracy: float, mode: str = 'conditional', *,
   'addition': half for the form, half for the accuracy. 'multiply': accuracy, 0 for bad form. The
   last two are our reading of options that the reference names and never runs.
 
-  Source: azr_spec 7.1.
+  Source: the reference's reward of an answer.
   """
   _one_of('format mode', mode, FORMAT_MODES)
   if mode == 'addition':

@@ -43,6 +43,7 @@ from absolute_zero_jax.tasks import identity
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Episode, Role
 
+# Fields of `config.selfplay` that are fields of `phases.Rules` too.
 _RULES = ('batch', 'mc_samples', 'references', 'solve_source', 'draw', 'recent_steps',
           'reference_draw', 'keep', 'refuse_duplicates', 'show_references', 'train_propose',
           'mc_use', 'solver_only_steps', 'solve_samples', 'refuse_independent', 'max_alike',
@@ -304,6 +305,7 @@ class Run:
     return self.base if self.c.lora.rank else None
 
   def _sample(self, role: Role, prompts, counts, stop_fn, on_finish, more=None):
+    """`sample` of `phases.Tools`: by the weights that play the role, with a key of its own."""
     s = self.c.sampler
     self._calls += 1
     key = jax.random.fold_in(jax.random.fold_in(self.key, self.step + 1), self._calls)

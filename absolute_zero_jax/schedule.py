@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host arithmetic of the sampler: few static sizes for many lengths, and shared prompt prefixes.
 
-Every distinct array size is a compiled program, so lengths are rounded up to a short ladder, row
-counts are split into powers of four, and prompts are clustered by the tokens they begin with.
+Every distinct array size is a compiled program, so lengths are rounded up to a short ladder, rows
+to powers of two, numbers of prompts are split into powers of four, and prompts are clustered by the
+tokens they begin with.
 """
 
 from collections.abc import Iterable, Sequence

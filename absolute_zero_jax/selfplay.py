@@ -13,7 +13,7 @@ Everything arrives as arguments (`Tools`): the sampler as a function, the execut
 kinds, prompts and rewards as objects. Results are read in an order that the requests and the
 sampler decide, never the executor's timing, so buffers and batches do not depend on it either.
 
-Source: Absolute Zero (arXiv:2505.03335) Algorithm 1; spec section 1.2.
+Source: Absolute Zero (arXiv:2505.03335) Algorithm 1.
 """
 
 import collections
@@ -214,7 +214,10 @@ def propose(step: int, buffer, tools: Tools, rules: Rules, rng: np.random.Genera
 
 def answer(tasks: Sequence[Task], counts: Sequence[int], name: str, tools: Tools, rules: Rules, *,
            timer) -> list[list[Attempt]]:
-  """Samples `counts[i]` answers to `tasks[i]` and checks them; one list of attempts per task."""
+  """Samples `counts[i]` answers to `tasks[i]` and checks them; one list of attempts per task.
+
+  `name` as in `iterate`.
+  """
   if not tasks:
     return []
   answers = phases.Answers(name, tools, rules)

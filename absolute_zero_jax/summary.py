@@ -3,8 +3,8 @@
 
 Names: `propose_deduction/valid_rate`, `solve_induction/accuracy`, ... A rate or share is one of
 the attempts of that kind and role; `measure_` are the Monte-Carlo answers. Learnability is averaged
-over valid proposals only (the reference logs it under "accuracy" with invalid ones as 0; spec
-section 9). docs/metrics.md lists all names.
+over valid proposals only (the reference logs it under "accuracy" with invalid ones as 0).
+docs/metrics.md lists all names.
 """
 
 import collections

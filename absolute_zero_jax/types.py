@@ -4,8 +4,8 @@
 Standard library only, because the executor's processes import this module. Array nouns
 (`learner.Batch`, `sampler.Sample`) live with the device code.
 
-Vocabulary (spec names on the right): propose = gen, solve = pred, deduction = code_o,
-abduction = code_i, induction = code_f.
+`The reference`, here and everywhere, is the code of the Absolute Zero Reasoner. Its names stand on
+the right: propose = gen, solve = pred, deduction = code_o, abduction = code_i, induction = code_f.
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ from typing import Any
 _LAZY = {'Executor': 'client', 'ExecutorError': 'link', 'Isolation': 'link',
          'IsolationError': 'link', 'QueueFull': 'link', 'SandboxFusion': 'sandboxfusion'}
 # An entry is a class, or any callable, that takes the config's options; add your own here or name
-# it as 'module:name'. What it returns has `submit`, `run`, `stats` and `close`.
+# it as 'module:name'. What it returns has `submit`, `stats`, `close` and `isolation`.
 EXECUTORS: dict[str, str] = {
     'local': 'absolute_zero_jax.executor.client:Executor',
     'sandboxfusion': 'absolute_zero_jax.executor.sandboxfusion:SandboxFusion'}

@@ -4,14 +4,14 @@
 A `Trial` turns one `Job` into `Unit`s (one child process each) and reads their `Report`s. Whoever
 has processes drives it:
 
-  trial = Trial(job, rules)
+  trial = Trial(job, rules, cache)
   while trial.verdict is None:
     for unit in trial.take(): trial.feed(unit, run_somewhere(unit))
 
 'validate' runs each input twice in one process of group 'a', then once in a process of group 'b',
 which has another hash seed and another address layout, in reverse order, so that what one input
-leaves behind for the next shows. 'run' runs each input once, anywhere. An
-input that kills its process costs that input only: the rest run in a fresh one.
+leaves behind for the next shows. 'run' runs each input once, anywhere. An input that kills its
+process costs that input only: the rest run in a fresh one.
 """
 
 from collections import OrderedDict

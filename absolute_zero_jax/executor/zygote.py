@@ -32,7 +32,7 @@ _LOADED = '''collections collections.abc contextlib copyreg functools heapq iter
 
 
 def main(options: dict) -> None:
-  """Serves on descriptor 0 until it closes; `options` are `zygote_options` of the supervisor."""
+  """Serves on descriptor 0 until it closes; `options` are the supervisor's, under 'zygote'."""
   control = _socket.socket(fileno=os.dup(0))
   if options['namespaces']:
     _enter_namespaces(control)
@@ -63,7 +63,7 @@ def _enter_namespaces(control: _socket.socket) -> None:
   os.environ['AZ_NAMESPACES'] = status
   if status != 'on':
     return
-  fence.prctl(1, int(signal.SIGKILL))
+  fence.prctl(1, int(signal.SIGKILL))      # PR_SET_PDEATHSIG: dies with its parent
   pid = os.fork()
   if pid == 0:
     return

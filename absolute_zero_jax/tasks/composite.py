@@ -27,7 +27,7 @@ class Schedule:
     chance: probability that a prompt asks for any.
     chance_growth, chance_limit: added every `every_steps`, up to the limit.
 
-  Source: azr_spec 3.5; the reference's scheduler starts at 101, grows every 50 steps by one
+  Source: the reference's scheduler, which starts at 101, grows every 50 steps by one
   function up to 3 and by 0.01 up to 0.8. Its upper bound is exclusive by mistake; ours is not.
   """
   start_step: int = 101

@@ -15,7 +15,7 @@ from absolute_zero_jax import intrinsic
 from absolute_zero_jax.tasks import identity, text
 from absolute_zero_jax.types import Task
 
-# Words of doubt and of checking again; our own list, after the idea of azr_spec 9.
+# Words of doubt and of checking again; our own list; the reference logs such a share too.
 REFLECTION = re.compile(
     r"\b(wait|hmm+|hold on|actually|however|alternatively|on second thought|let me (re)?check|"
     r"let me (try|think|verify|see|reconsider)|double[- ]check|check again|re-?(check|examine|"
@@ -53,7 +53,7 @@ def comment_share(source: str) -> float:
 def has_comment_plan(source: str) -> bool:
   """Whether comments lead the program step by step: two or more lines that are comment only.
 
-  The behaviour the paper describes as planning in comments (azr_spec 10.5).
+  The behaviour the paper describes as planning in comments.
   """
   inside = [line.strip().startswith('#') for line in source.split('\n')]
   return sum(inside) >= 2

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs as proposed: read, find and name `f`, clean up. Source text is kept, comments too.
 
-Removing comments costs a lot of what self-play gains (azr_spec 10.6), so edits work on positions in
+Removing comments costs a lot of what self-play gains (paper, App. D), so edits work on positions in
 the source; only the optional clean-up 'comments' goes through the syntax tree.
 """
 
@@ -17,7 +17,7 @@ RENAME_MODES = ('any_last', 'any_first', 'not_first', 'not_last', 'never')
 FUNCTION_LIMITS = ('any', 'one_top_level', 'one')
 CLEAN_UPS = ('comments', 'globals', 'prints')
 
-# The reference's list (azr_spec 4); it bans words of imports, which is no protection. What a
+# The reference's list; it bans words of imports, which is no protection. What a
 # program may do is decided by the executor; this list only reproduces the reference's filter.
 AZR_BANNED_WORDS = (
     'logging', 'random', 'multiprocessing', 'pebble', 'subprocess', 'threading', 'datetime',

@@ -139,8 +139,8 @@ def answer_ends(text: str) -> bool:
 def is_well_formed_azr(text: str) -> bool:
   """The reference's format test: think block, blank, answer block, from the very first character.
 
-  Source: azr_spec 5.2, equal to its truth table: text after the answer, two answers and two
-  closing think tags pass; a leading blank fails.
+  Source: measured on the reference: text after the answer, two answers and two closing think tags
+  pass; a leading blank fails.
   """
   if not text.startswith(THINK_OPEN):
     return False
