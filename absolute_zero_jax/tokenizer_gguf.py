@@ -9,7 +9,7 @@ import pathlib
 import struct
 from typing import Any
 
-from absolute_zero_jax import tokenizer_spec, tokenizer_spm
+from absolute_zero_jax import gguf_header, tokenizer_spec, tokenizer_spm
 
 _BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
 _GPT2 = _BYTE_LEVEL | {'use_regex': True}
@@ -43,10 +43,6 @@ _PRE_TOKENIZERS = {
 }
 _WHOLE_WORDS = ('llama-bpe', 'llama3', 'llama-v3')  # a word of the vocabulary is not merged
 _NFC = ('qwen2',)
-
-_FORMATS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q',
-            12: 'd'}
-_STRING, _ARRAY = 8, 9
 
 
 def read(path: pathlib.Path) -> tokenizer_spec.Source:
@@ -98,47 +94,14 @@ def metadata(path: pathlib.Path, prefix: str = '') -> dict[str, Any]:
       raise ValueError(f'{path} is no GGUF file. Fetch it again.')
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
       try:
-        return _pairs(data, prefix)
-      except (struct.error, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        version, _, pairs = gguf_header.counts(data)
+        if version not in gguf_header.VERSIONS:
+          raise ValueError(f'GGUF version {version} is not supported, only 2 and 3 (little '
+                           'endian). Convert the model again with a current llama.cpp.')
+        found, _ = gguf_header.metadata(data, pairs)
+      except (struct.error, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(f'The header of {path} is damaged or cut off. Fetch it again.') from error
-
-
-def _pairs(data: mmap.mmap, prefix: str) -> dict[str, Any]:
-  version, _, count = struct.unpack_from('<IQQ', data, 4)
-  if version not in (2, 3):
-    raise ValueError(f'GGUF version {version} is not supported, only 2 and 3 (little endian). '
-                     'Convert the model again with a current llama.cpp.')
-  pairs, position = {}, 24
-  for _ in range(count):
-    key, position = _value(data, position, _STRING)
-    kind, = struct.unpack_from('<I', data, position)
-    value, position = _value(data, position + 4, kind)
-    if key.startswith(prefix):
-      pairs[key] = value
-  return pairs
-
-
-def _value(data: mmap.mmap, position: int, kind: int) -> tuple[Any, int]:
-  """One value and the position after it."""
-  if kind == _STRING:
-    size, = struct.unpack_from('<Q', data, position)
-    end = position + 8 + size
-    if end > len(data):
-      raise IndexError('truncated')
-    return data[position + 8:end].decode(), end
-  if kind == _ARRAY:
-    kind, count = struct.unpack_from('<IQ', data, position)
-    position += 12
-    if kind in (_STRING, _ARRAY):
-      values = []
-      for _ in range(count):
-        value, position = _value(data, position, kind)
-        values.append(value)
-      return values, position
-    form = f'<{count}{_FORMATS[kind]}'
-    return list(struct.unpack_from(form, data, position)), position + struct.calcsize(form)
-  form = f'<{_FORMATS[kind]}'
-  return struct.unpack_from(form, data, position)[0], position + struct.calcsize(form)
+  return {key: value for key, value in found.items() if key.startswith(prefix)}
 
 
 def _byte_level(meta: dict[str, Any], pre: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import sys
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / 'absolute_zero_jax'
 _TOKENIZER = {'tokenizer', 'tokenizer_files', 'tokenizer_gguf', 'tokenizer_spec', 'tokenizer_spm'}
 _HOST = {'tasks', 'rewards', 'buffer', 'records', 'intrinsic', 'grammar', 'documents',
-         'lexicon', 'controls'} | _TOKENIZER
+         'lexicon', 'controls', 'gguf_header'} | _TOKENIZER
 ALLOWED = {                              # room -> rooms it may import
     'types': set(), 'config': {'config_checks', 'presets'},
     'config_checks': set(), 'presets': set(),
@@ -21,9 +21,9 @@ ALLOWED = {                              # room -> rooms it may import
     'guesses': {'documents', 'grammar', 'metrics', 'models', 'sampler', 'tasks', 'tracing',
                 'types'},
     'tokenizer': _TOKENIZER, 'tokenizer_files': {'tokenizer_spec', 'tokenizer_spm'},
-    'tokenizer_gguf': {'tokenizer_spec', 'tokenizer_spm'}, 'tokenizer_spm': {'tokenizer_spec'},
-    'tokenizer_spec': set(),
-    'sharding': set(), 'models': {'sharding'}, 'sampling': set(), 'schedule': set(),
+    'tokenizer_gguf': {'gguf_header', 'tokenizer_spec', 'tokenizer_spm'},
+    'tokenizer_spm': {'tokenizer_spec'}, 'tokenizer_spec': set(), 'gguf_header': set(),
+    'sharding': set(), 'models': {'sharding', 'gguf_header'}, 'sampling': set(), 'schedule': set(),
     'decoding': {'models', 'sharding', 'sampling'},
     'batching': {'models', 'sharding', 'sampling', 'schedule', 'decoding'},
     'sampler': {'models', 'sharding', 'sampling', 'schedule', 'decoding', 'batching'},

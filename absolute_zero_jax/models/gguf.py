@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF files (llama.cpp) -> config and stacked parameter tree, dequantised tensor by tensor.
 
-    magic, version, counts | metadata key/value pairs | tensor table | padding | tensor data
-
-The header is read here and not with `gguf.GGUFReader`, which makes several NumPy arrays for every
-word of the vocabulary: 2 s and 160 MB for a 49k vocabulary, against 0.1 s. The block formats are
-decoded by `gguf.quants`.
+    header (`gguf_header`) --> config, tensor table --> tensors, decoded by `gguf.quants`
 
 Source: ggml docs/gguf.md; the row order of q and k in llama files: llama.cpp
 convert_hf_to_gguf.py, LlamaModel.permute.
@@ -22,14 +18,11 @@ import gguf as ggml
 import jax.numpy as jnp
 import numpy as np
 
+from absolute_zero_jax import gguf_header
 from absolute_zero_jax.models import hf
 from absolute_zero_jax.models.config import ModelConfig, RopeScaling
 
 FAMILIES = ('llama', 'qwen2', 'qwen3')
-_SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q',
-            12: 'd'}
-_STRING, _ARRAY = 8, 9
-_LENGTH = struct.Struct('<Q')
 _TOP = {'model.embed_tokens.weight': 'token_embd.weight', 'model.norm.weight': 'output_norm.weight',
         'lm_head.weight': 'output.weight'}
 _LAYER = {'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm',
@@ -208,16 +201,12 @@ def _rope_scaling(file: File, family: str, get, head_dim: int, theta: float):
 
 
 def _header(path: pathlib.Path, data: mmap.mmap) -> File:
-  version, count, pairs = struct.unpack_from('<IQQ', data, 4)
-  if version not in (2, 3):
+  version, count, pairs = gguf_header.counts(data)
+  if version not in gguf_header.VERSIONS:
     raise ValueError(f'{path} is a GGUF file of version {version}; allowed: 2, 3 (little-endian)')
-  at, metadata, tensors = 24, {}, {}
-  for _ in range(pairs):
-    key, at = _string(data, at)
-    (kind,) = struct.unpack_from('<I', data, at)
-    metadata[key], at = _value(data, at + 4, kind)
+  (metadata, at), tensors = gguf_header.metadata(data, pairs), {}
   for _ in range(count):
-    name, at = _string(data, at)
+    name, at = gguf_header.string(data, at)
     (ndim,) = struct.unpack_from('<I', data, at)
     *dims, kind, offset = struct.unpack_from(f'<{ndim}QIQ', data, at + 4)
     at += 16 + 8 * ndim
@@ -236,31 +225,3 @@ def _tensor(path, name: str, shape: tuple[int, ...], kind: int, offset: int, bas
                      'damaged or newer than the installed gguf package') from None
   per_block, block_bytes = ggml.GGML_QUANT_SIZES[kind]
   return Tensor(shape, kind, base + offset, int(np.prod(shape)) // per_block * block_bytes)
-
-
-def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
-  if kind == _STRING:
-    return _string(data, at)
-  if kind == _ARRAY:
-    kind, count = struct.unpack_from('<IQ', data, at)
-    at += 12
-    if kind in _SCALARS:
-      layout = struct.Struct(f'<{count}{_SCALARS[kind]}')
-      return list(layout.unpack_from(data, at)), at + layout.size
-    values, item = [], _string if kind == _STRING else lambda data, at: _value(data, at, kind)
-    for _ in range(count):
-      value, at = item(data, at)
-      values.append(value)
-    return values, at
-  if kind not in _SCALARS:
-    raise struct.error(f'unknown value type {kind}')
-  layout = struct.Struct('<' + _SCALARS[kind])
-  return layout.unpack_from(data, at)[0], at + layout.size
-
-
-def _string(data: mmap.mmap, at: int) -> tuple[str, int]:
-  (length,) = _LENGTH.unpack_from(data, at)
-  end = at + 8 + length
-  if end > len(data):
-    raise struct.error('a string reaches beyond the end')
-  return data[at + 8:end].decode('utf-8'), end
