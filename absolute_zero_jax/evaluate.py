@@ -45,7 +45,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     ValueError: a config that cannot work, a model that cannot be loaded.
   """
   config_lib.validate(c)
-  workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
+  workdir = metrics.absolute(workdir)
   console = metrics.Console(stream)
   parts.use_compilation_cache()
   prompts = prompts_lib.load(c.selfplay.prompts, c.selfplay.wrapper, c.selfplay.format_rule)

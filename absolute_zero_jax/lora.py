@@ -58,13 +58,16 @@ def check_targets(targets: Sequence[str]) -> None:
 
 
 def init(config: ModelConfig, key: jax.Array, *, rank: int,
-         targets: Sequence[str] = tuple(TARGETS), dtype: Any = jnp.float32) -> Any:
-  """Adapters that change nothing yet: a uniform in +-1/sqrt(inputs), as in PEFT, and b zero."""
+         targets: Sequence[str] = tuple(TARGETS)) -> Any:
+  """Adapters that change nothing yet: a uniform in +-1/sqrt(inputs), as in PEFT, and b zero.
+
+  float32, whatever the weights are.
+  """
   out = {}
   for i, (name, pair) in enumerate(specs(config, rank=rank, targets=targets).items()):
     bound = 1 / math.sqrt(math.prod(pair['a'].shape[1:-1]))
     a = jax.random.uniform(jax.random.fold_in(key, i), pair['a'].shape, jnp.float32, -bound, bound)
-    out[name] = {'a': a.astype(dtype), 'b': jnp.zeros(pair['b'].shape, dtype)}
+    out[name] = {'a': a, 'b': jnp.zeros(pair['b'].shape, jnp.float32)}
   return out
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -27,16 +28,16 @@ class Mean:
 
   def __init__(self):
     self._sum = collections.defaultdict(float)
-    self._count = collections.defaultdict(float)
+    self._count = collections.Counter()
 
-  def add(self, name: str, value: float, weight: float = 1.0) -> None:
+  def add(self, name: str, value: float) -> None:
     if not math.isfinite(value):
-      name, value, weight = f'{name}/nonfinite', 1.0, 1.0
-    self._sum[name] += value * weight
-    self._count[name] += weight
+      name, value = f'{name}/nonfinite', 1.0
+    self._sum[name] += value
+    self._count[name] += 1
 
   def result(self) -> dict[str, float]:
-    return {k: self._sum[k] / self._count[k] for k in self._sum if self._count[k]}
+    return {k: total / self._count[k] for k, total in self._sum.items()}
 
 
 class Timer:
@@ -113,6 +114,11 @@ class Writer:
 
   def _add(self, step: int, summary: summary_pb2.Summary) -> None:
     self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+
+def absolute(workdir: str | os.PathLike) -> epath.Path:
+  """A folder's absolute path, as orbax wants it; a URL stays as it is."""
+  return epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
 
 
 def write_atomically(path: epath.Path, text: str) -> None:

@@ -7,7 +7,6 @@ import functools
 import inspect
 import math
 import os
-import pathlib
 from typing import Any
 import warnings
 
@@ -37,14 +36,9 @@ _ALGORITHM = ('pass_k', 'whiten_by', 'whiten_count', 'aggregation', 'aggregation
               'importance', 'importance_cap')
 
 
-def use_compilation_cache(path: str | os.PathLike = '') -> None:
-  """Keeps compiled programs on disk, so that the next start compiles nothing it knows.
-
-  Default place: $AZJ_CACHE_DIR/xla, else ~/.cache/absolute_zero_jax/xla.
-  """
-  root = os.environ.get('AZJ_CACHE_DIR') or pathlib.Path(
-      os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'absolute_zero_jax'
-  jax.config.update('jax_compilation_cache_dir', str(path or pathlib.Path(root) / 'xla'))
+def use_compilation_cache() -> None:
+  """Keeps compiled programs on disk (`hub.cache_home`): the next start need not compile them."""
+  jax.config.update('jax_compilation_cache_dir', str(hub.cache_home() / 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 

@@ -18,7 +18,6 @@ import random
 import time
 from typing import Any
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +52,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     ValueError: a config that cannot work, or a model that cannot be loaded.
   """
   config_lib.validate(c)
-  workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
+  workdir = metrics.absolute(workdir)
   console = metrics.Console(stream)
   parts.use_compilation_cache()
   model, _, source = parts.model_without_parameters(c)

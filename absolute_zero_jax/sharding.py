@@ -78,9 +78,9 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh,
   return P(*entries)
 
 
-def shardings(specs: Any, mesh: Mesh, rules: dict[str, Any] | None = None) -> Any:
+def shardings(specs: Any, mesh: Mesh) -> Any:
   """Tree of NamedSharding for a tree of `decoder.Spec` (anything with `shape` and `axes`)."""
-  return jax.tree.map(lambda s: NamedSharding(mesh, partition(s.axes, s.shape, mesh, rules)),
+  return jax.tree.map(lambda s: NamedSharding(mesh, partition(s.axes, s.shape, mesh)),
                       specs, is_leaf=lambda s: hasattr(s, 'axes'))
 
 

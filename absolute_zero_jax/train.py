@@ -37,8 +37,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   With `command='seed'` it trains nothing and writes seeds/ instead.
   """
   config_lib.validate(c)
-  # Orbax wants absolute paths; a URL is one.
-  workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
+  workdir = metrics.absolute(workdir)
   console = metrics.Console(stream)
   budget = _Budget(c.train.minutes)
   parts.use_compilation_cache()

@@ -88,7 +88,7 @@ def slots(config: ModelConfig) -> list[Slot]:
   return rows if config.tied else rows + [Slot(('unembed',), 'lm_head.weight', table, table)]
 
 
-def load(path: str | os.PathLike, *, config: ModelConfig | None = None, dtype=jnp.float32,
+def load(path: str | os.PathLike, *, dtype=jnp.float32,
          shardings: Mapping | None = None) -> tuple[ModelConfig, dict]:
   """The config and parameters of a Hugging Face directory, single file or sharded with an index.
 
@@ -103,7 +103,7 @@ def load(path: str | os.PathLike, *, config: ModelConfig | None = None, dtype=jn
   if not folder.is_dir():
     raise ValueError(f'no model directory at {folder}; give a directory with config.json and '
                      f'{_SINGLE}')
-  config = ModelConfig.from_hf(folder) if config is None else config
+  config = ModelConfig.from_hf(folder)
   entries = table(folder)
   check(config, {name: entry.shape for name, entry in entries.items()}, folder)
   if config.tied and 'lm_head.weight' in entries:

