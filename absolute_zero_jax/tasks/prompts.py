@@ -3,8 +3,9 @@
 
 A set is a folder with `set.json` and text templates with `$name` fields (`string.Template`):
 
-  propose_<kind>.txt      fields: references, banned, cases (a number) and what the kind adds
-  solve_<kind>.txt        fields: program, input, output, cases, message
+  propose_<kind>.txt      fields: references; for programs banned and composite (and, for errors,
+                          banned_statements); for induction program, input and cases, a number
+  solve_<kind>.txt        fields of `task_fields`, and examples
   reference_<kind>.txt    how one reference is shown to the proposer; fields of `task_fields`, index
   solved_<kind>.txt       how one solved example is shown to the solver; fields of `task_fields`
   composite.txt           asks for an f that calls given functions; fields: functions, names
