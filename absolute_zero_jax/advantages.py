@@ -220,7 +220,8 @@ def sequence_mean(r: Rollout) -> np.ndarray:
 def constant(r: Rollout, *, tokens: int) -> np.ndarray:
   """Sum over tokens / (sequences * `tokens`): no length in the denominator (Dr. GRPO).
 
-  `tokens` is a constant of the run, usually the longest response allowed.
+  `tokens` is a constant of the run, usually the longest response allowed. Raises ValueError for one
+  below 1.
   """
   if tokens < 1:
     raise ValueError(f"aggregation_tokens={tokens} must be positive for aggregation='constant'; "
@@ -235,7 +236,7 @@ def role_microbatch(r: Rollout, *, rows: int = 16) -> np.ndarray:
   What the reference's gradient accumulation amounts to: the roles and kinds weigh the same whatever
   their token counts. Slices are consecutive sequences of one (role, kind) in the order given,
   however the learner lays the batch out; a last slice with fewer sequences weighs proportionally
-  less.
+  less. Raises ValueError for `rows` below 1.
 
   Source: azr `update_actor` with ppo_micro_batch_size_per_gpu=16: (1/6) sum over roles of
   (1/4) sum over quarters of the token mean.

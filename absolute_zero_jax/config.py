@@ -375,7 +375,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 
 
 def load_object(name: str, known: dict[str, Any], field: str) -> Any:
-  """Returns `known[name]`, or what 'module:name' points at; `field` is named in the error."""
+  """`known[name]`, or what 'module:name' points at; for neither, ConfigError about `field`."""
   if ':' not in name:
     if name in known:
       return known[name]

@@ -75,6 +75,7 @@ class Recipe:
 
   @property
   def shown(self) -> int:
+    """Pairs of an induction that its solver sees."""
     return self.cases // 2
 
   def think_weight(self) -> float:

@@ -228,6 +228,8 @@ def interval(values: np.ndarray, level: float = 0.95) -> list[float]:
 def pass_at(n: int, right: int, k: int) -> float:
   """Chance that k of n answers, drawn without replacement, hold a right one.
 
+  Raises ValueError unless 1 <= k <= n and 0 <= right <= n.
+
   Source: Chen et al. (arXiv:2107.03374), eq. 1.
   """
   if not 0 <= right <= n or not 1 <= k <= n:

@@ -46,6 +46,8 @@ def score_blocks(hidden_BTD: jax.Array, unembed_VD: jax.Array, target_BT: jax.Ar
   The scan runs over T, and every block collects the gradient of the table on its own; their sum is
   one reduction at the end instead of one in every chunk. That costs B times the size of the table,
   so B is the number of data shards, not the number of sequences.
+
+  Raises ValueError for targets of another shape than [B, T], or a negative chunk.
   """
   B, T, _ = hidden_BTD.shape
   if target_BT.shape != (B, T):

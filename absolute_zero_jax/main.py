@@ -81,7 +81,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]):
-  """(config, workdir) from a command line; config is None when help was asked for."""
+  """(config, workdir) from a command line; config is None when help was asked for.
+
+  Raises ValueError, or what the flags library and the config file raise, for a bad command line.
+  """
   _FLAGS.unparse_flags()
   _check_config_flags(argv[1:])
   rest = _FLAGS(argv)

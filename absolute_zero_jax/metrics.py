@@ -83,6 +83,7 @@ class Writer:
     self._lines = [x for x in lines if _step_of(x) < first_step]
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
+    """One row of numbers, rounded to 6 digits in metrics.jsonl; durable after `flush`."""
     summary = summary_pb2.Summary()
     for name, value in sorted(values.items()):
       summary.value.add(tag=name, simple_value=float(value))
@@ -91,6 +92,7 @@ class Writer:
     self._lines.append(json.dumps({'step': step} | rounded))
 
   def text(self, step: int, name: str, markdown: str) -> None:
+    """A text for TensorBoard alone."""
     tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING)
     tensor.string_val.append(markdown.encode('utf-8', 'replace'))
     summary = summary_pb2.Summary()

@@ -40,6 +40,9 @@ def make_optimizer(learning_rate: float = 1e-6, *, name: str = 'adamw', schedule
     moment_dtype: 'float32', or 'bfloat16' for half the memory. bfloat16 moments are rounded
       stochastically: plain rounding would freeze the second moment, which moves by 0.1 % a step
       where bfloat16 resolves 0.4 %.
+
+  Raises:
+    ValueError: an unknown name, schedule or decay; 'cosine' with no step after the warm-up.
   """
   if name not in NAMES:
     raise ValueError(f'optimizer {name!r} is unknown; allowed: {", ".join(NAMES)}.')

@@ -243,7 +243,8 @@ def bucket(length: int, buckets: Sequence[int] = ()) -> int:
   """The smallest allowed line length that holds `length` tokens.
 
   The default lengths are powers of two and one and a half times those, from 64 on (without 96 and
-  192, since attention works in blocks of 128): at most a third of a line is padding.
+  192, since attention works in blocks of 128): at most a third of a line is padding. Raises
+  ValueError where none is long enough.
   """
   if not buckets:
     buckets = (64, 128, *(n for k in range(8, 40) for n in (2**k, 3 * 2**(k - 1))))

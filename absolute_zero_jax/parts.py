@@ -58,7 +58,7 @@ def show_cpu_devices(c: ConfigDict) -> None:
 def kinds(c: ConfigDict, names: Sequence[str] = ()) -> list[tasks.Kind]:
   """The task kinds, each made with those of `selfplay.kind_options` that it knows.
 
-  `names` replaces `selfplay.kinds`.
+  `names` replaces `selfplay.kinds`. Raises ConfigError for options of a wrong name or type.
   """
   names = names or c.selfplay.kinds
   set_for = {'cases': 'selfplay.induction_cases', 'score': 'reward.induction'}
@@ -243,7 +243,10 @@ def model_without_parameters(c: ConfigDict) -> tuple[Any, None, Any]:
 
 
 def tokenizer(c: ConfigDict, source: Any) -> tokenizer_lib.Tokenizer:
-  """That of `model.tokenizer`, a path or 'carried:NAME'; if it is '', that of the model's files."""
+  """That of `model.tokenizer`, a path or 'carried:NAME'; if it is '', that of the model's files.
+
+  Raises ConfigError where a random model, which has no files, is to bring its own.
+  """
   name = c.model.tokenizer
   if not name and source is None:
     raise config_lib.ConfigError(

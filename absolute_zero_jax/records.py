@@ -40,6 +40,7 @@ def read(path: os.PathLike | str) -> list[Episode]:
 
 
 def to_json(e: Episode) -> dict[str, Any]:
+  """The episode as data for one line of a file."""
   out = dataclasses.asdict(e)
   out['role'] = e.role.value
   out['advantage'] = _rounded(e.advantage)
@@ -50,17 +51,18 @@ def to_json(e: Episode) -> dict[str, Any]:
 
 
 def from_json(d: dict[str, Any]) -> Episode:
+  """The episode of such data; raises ValueError for another version of the format."""
   if d.get('version') != EPISODE_VERSION:
     raise ValueError(f'episode record of version {d.get("version")!r}; '
                      f'this package reads {EPISODE_VERSION}.')
   turns = tuple(Turn(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()})
                 for t in d['turns'])
-  task = None if d['task'] is None else task_from_json(d['task'])
+  task = None if d['task'] is None else _task(d['task'])
   return Episode(**d | {'role': Role(d['role']), 'turns': turns, 'task': task,
                         'advantage': tuple(d['advantage'])})
 
 
-def task_from_json(d: dict[str, Any]) -> Task:
+def _task(d: dict[str, Any]) -> Task:
   return Task(**d | {'cases': tuple((i, o) for i, o in d['cases'])})
 
 

@@ -43,7 +43,8 @@ def write(workdir: epath.Path, history: History) -> str:
 def gains(workdir: epath.Path, last: int = sys.maxsize) -> str:
   """First and last scores in percent, and their paired difference with a 95 % interval.
 
-  Scores after iteration `last` are left out: a killed run may have left some.
+  Scores after iteration `last` are left out: a killed run may have left some. Raises ValueError for
+  a run without scores.
   """
   files = sorted(f for f in (workdir / 'heldout').glob('*.jsonl') if int(f.stem) <= last)
   if not files:

@@ -137,7 +137,8 @@ def learnability(rate: float, how: str = 'one_minus') -> float:
 
   'one_minus' gives 1 - rate, and 0 where the solver never succeeds; 'inverse' gives 1 - rate there
   too. 'variance', 4 rate (1 - rate), pays most for what is solved every other time: with a task's
-  own mean as baseline that is how much its answers teach. All give 0 at rate 1.
+  own mean as baseline that is how much its answers teach. All give 0 at rate 1. A rate outside
+  [0, 1] raises ValueError.
 
   Source: Absolute Zero Eq. 4; 'inverse' is the reference's. 'variance': Rutherford et al. 2024,
   arXiv:2408.15099.

@@ -130,7 +130,8 @@ class Tokenizer:
     """Token ids of `text`.
 
     Args:
-      bos: whether BOS comes first; None follows the model's convention. Never twice.
+      bos: whether BOS comes first; None follows the model's convention. Never twice. True raises
+        ValueError where the model has none.
       allow_special: False spells special tokens that occur in the text ('<|im_end|>' in a program
         does not end a turn). True turns them into their ids; for text of our own only. Added
         tokens that the model does not call special are vocabulary and always become one id.

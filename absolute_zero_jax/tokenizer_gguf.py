@@ -88,7 +88,10 @@ def read(path: pathlib.Path) -> tokenizer_spec.Source:
 
 
 def metadata(path: pathlib.Path, prefix: str = '') -> dict[str, Any]:
-  """Key-value pairs of a GGUF header whose key starts with `prefix`; arrays come as lists."""
+  """Key-value pairs of a GGUF header whose key starts with `prefix`; arrays come as lists.
+
+  Raises ValueError for a file of another kind or version, and for a damaged one.
+  """
   with open(path, 'rb') as file:
     if file.read(4) != b'GGUF':
       raise ValueError(f'{path} is no GGUF file. Fetch it again.')

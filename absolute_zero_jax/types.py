@@ -58,14 +58,17 @@ class Task:
 
   @property
   def input(self) -> str:
+    """Argument list of the first case."""
     return self.cases[0][0]
 
   @property
   def output(self) -> str:
+    """Output of the first case."""
     return self.cases[0][1]
 
   @property
   def independent(self) -> bool:
+    """Whether the output was found not to depend on the input."""
     return bool(self.extra.get('independent'))
 
 

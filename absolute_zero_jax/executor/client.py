@@ -156,7 +156,11 @@ def _check_options(o: dict) -> None:
 
 
 def checked(job: Job) -> Job:
-  """The job with texts cut just above their limits: the verdict is 'too long' either way."""
+  """The job with texts cut just above their limits: the verdict is 'too long' either way.
+
+  Raises:
+    ValueError: unknown op, a limit out of range, more expected values than inputs.
+  """
   if job.op not in OPS:
     raise ValueError(f'Job.op={job.op!r} must be one of {list(OPS)}.')
   if not 0 <= job.timeout_s <= MAX_TIMEOUT_S:

@@ -166,6 +166,7 @@ class Link:
         + (' Programs can then do whatever this user can.' if isolation['level'] == 'weak' else ''))
 
   def submit(self, jobs: list[Job], priority: int, block: bool) -> list:
+    """Futures of the jobs' verdicts, in order; see `client.Executor.submit`."""
     entries = [_Pending(job, priority) for job in jobs]
     with self._room:
       self._make_room(sum(e.size for e in entries), len(entries), block)
@@ -307,6 +308,7 @@ class Link:
         self._resolve(number, Verdict(Status.CRASHED, runs, error=error))
 
   def stats(self) -> dict[str, float]:
+    """The supervisor's counters, if it answers within ten seconds, and this side's."""
     event, slot = threading.Event(), []
     number = next(self._numbers)
     self._answers[number] = event, slot
@@ -337,6 +339,7 @@ class Link:
         pass
 
   def close(self) -> None:
+    """Ends the service; open jobs become `ExecutorError`. Does nothing in a fork of the trainer."""
     if os.getpid() != self._owner:       # a fork of the trainer is not the trainer
       return
     self._closing = True

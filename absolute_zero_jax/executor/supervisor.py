@@ -57,6 +57,7 @@ class Supervisor:
     self._began, self._parent = time.monotonic(), os.getppid()
 
   def run(self) -> None:
+    """The event loop; ends every zygote when it ends."""
     self._poller.watch(self._client, poller.READ, None)
     for index in range(self._options['workers']):
       self._start_zygote(index)

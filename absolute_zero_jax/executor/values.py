@@ -249,6 +249,7 @@ def equal(a: Any, b: Any, mode: str = 'strict') -> bool:
   'strict' distinguishes types at every depth: `1`, `1.0` and `True` differ, so do list and tuple,
   set and frozenset, str and bytes. 'loose' is Python's `==`, so those numbers and those sets are
   equal. In both, nan equals nan, `0.0` equals `-0.0`, and the order of dicts and sets is ignored.
+  Another mode raises ValueError.
 
   Source: the reference compares with `==` inside the program's own process, where nan never equals
   itself and an object's `__eq__` decides; plain values have no code of their own.

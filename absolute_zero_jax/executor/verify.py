@@ -56,12 +56,14 @@ class Cache:
     self.hits = 0
 
   def get(self, key: Any) -> Any:
+    """What is kept under the key, or None."""
     found = self._kept.get(key)
     if found is not None:
       self._kept.move_to_end(key)
     return found
 
   def put(self, key: Any, value: Any) -> None:
+    """Keeps the value; the one that was not asked for the longest may leave."""
     self._kept[key] = value
     self._kept.move_to_end(key)
     if len(self._kept) > self._size:

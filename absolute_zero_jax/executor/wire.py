@@ -11,6 +11,7 @@ _LENGTH = struct.Struct('<I')
 
 
 def pack(message: Any) -> bytes:
+  """A message as `Inbox` reads it."""
   data = json.dumps(message, separators=(',', ':')).encode()
   return _LENGTH.pack(len(data)) + data
 
@@ -33,6 +34,9 @@ class Inbox:
       start += 4 + length
     del self._buffer[:start]
     return messages
+
+
+# Jobs and verdicts as lists that JSON can hold, and back.
 
 
 def from_job(job: Job) -> list:

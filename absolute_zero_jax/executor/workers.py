@@ -223,10 +223,12 @@ class Zygote:
     return self.spare
 
   def reap(self, child: Child) -> None:
+    """Asks that the child be killed and waited for; `receive` gives the answer."""
     self._expect_reply()
     self._send(zygote.RECORD.pack(b'R', child.slot, 0))
 
   def ask_cpu(self, child: Child) -> None:
+    """Asks for the CPU time that the child has used; `receive` gives the answer."""
     self._expect_reply()
     self._send(zygote.RECORD.pack(b'Q', child.slot, 0))
 

@@ -42,6 +42,7 @@ class Slot(NamedTuple):
   layers: int = 0
 
   def names(self) -> list[str]:
+    """The checkpoint's tensors, one per layer, or the one."""
     return [self.name.format(layer) for layer in range(self.layers)] or [self.name]
 
 

@@ -53,7 +53,10 @@ def load(name: str | os.PathLike, *, dtype=jnp.float32,
 
 
 def weights(path: pathlib.Path) -> pathlib.Path:
-  """`path`, or the one .gguf file in it if it is a directory without a config.json."""
+  """`path`, or the one .gguf file in it if it is a directory without a config.json.
+
+  Raises ValueError where there are several.
+  """
   if path.is_dir() and not (path / 'config.json').exists():
     files = sorted(path.glob('*.gguf'))
     if len(files) > 1:

@@ -42,6 +42,7 @@ class Source:
 
   @property
   def file(self) -> str:
+    """The file's own name."""
     return self.member.rpartition('/')[2]
 
 

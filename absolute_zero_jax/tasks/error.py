@@ -35,6 +35,7 @@ class Error(deduction.Deduction):
             'banned_statements': ', '.join(self.banned_statements) or 'none'}
 
   def parse_proposal(self, answer: str, references: Sequence[Task]) -> program.Proposal | str:
+    """As for deduction; 'banned_statement' where the program holds one."""
     found = super().parse_proposal(answer, references)
     if isinstance(found, str):
       return found
@@ -45,6 +46,7 @@ class Error(deduction.Deduction):
     return 'banned_statement' if kinds & set(self.banned_statements) else found
 
   def validation_jobs(self, proposal: program.Proposal) -> list[Job]:
+    """As for deduction, with the exception's name as the outcome."""
     return [dataclasses.replace(job, expect_error=True)
             for job in super().validation_jobs(proposal)]
 
