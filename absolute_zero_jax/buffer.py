@@ -197,7 +197,7 @@ class TaskBuffer:
                seed=state['seed'])
     uncounted = {tuple(name) for name in state['uncounted']}
     for kind, rows in state['stores'].items():
-      made._stores[kind] = [_task(row) for row in rows]
+      made._stores[kind] = [Task.from_row(row) for row in rows]
       made._keys[kind] = {task.key: task for task in made._stores[kind]}
       for task in made._stores[kind]:
         if (kind, task.key) not in uncounted:
@@ -232,10 +232,6 @@ def _draw(pool: Sequence[Task], rng: np.random.Generator, count: int,
     return []
   p = None if weights is None else weights / weights.sum()
   return [pool[i] for i in rng.choice(len(pool), count, replace=False, p=p)]
-
-
-def _task(row: dict[str, Any]) -> Task:
-  return Task(**{**row, 'cases': tuple((given, output) for given, output in row['cases'])})
 
 
 def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:

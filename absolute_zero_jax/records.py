@@ -57,13 +57,9 @@ def from_json(d: dict[str, Any]) -> Episode:
                      f'this package reads {EPISODE_VERSION}.')
   turns = tuple(Turn(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()})
                 for t in d['turns'])
-  task = None if d['task'] is None else _task(d['task'])
+  task = None if d['task'] is None else Task.from_row(d['task'])
   return Episode(**d | {'role': Role(d['role']), 'turns': turns, 'task': task,
                         'advantage': tuple(d['advantage'])})
-
-
-def _task(d: dict[str, Any]) -> Task:
-  return Task(**d | {'cases': tuple((i, o) for i, o in d['cases'])})
 
 
 def _rounded(values: Iterable[float]) -> list[float]:

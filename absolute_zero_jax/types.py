@@ -56,6 +56,11 @@ class Task:
   key: str = ''
   extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+  @classmethod
+  def from_row(cls, row: dict[str, Any]) -> 'Task':
+    """The task that `dataclasses.asdict` made the row of, also after JSON made lists of tuples."""
+    return cls(**row | {'cases': tuple((given, output) for given, output in row['cases'])})
+
   @property
   def input(self) -> str:
     """Argument list of the first case."""
