@@ -116,17 +116,17 @@ class Batch:
   """The running batch of one `generate` call: slots, rings, and the prompts that wait.
 
   Each shard of a mesh has an equal, consecutive part of the slots; a row stays in its shard
-  (`sharding.lone_shards`).
+  (`sharding.lone_shards`). `widths` are the fewest and the most slots that it may have.
   """
 
   def __init__(self, programs: Programs, params: decoder.Params, weights: decoding.Weights,
-               rows: list[Row], slots: tuple[int, int], key: jax.Array, opts: sampling.Options,
+               rows: list[Row], widths: tuple[int, int], key: jax.Array, opts: sampling.Options,
                allowed_V: np.ndarray, stops_E: np.ndarray):
     self.programs, self.weights, self.key, self.opts = programs, weights, key, opts
     self.allowed_V, self.stops_E = allowed_V, stops_E
     self.platform = platform(weights)
     self.queue = collections.deque(rows)
-    self.fewest, self.most = slots
+    self.fewest, self.most = widths
     self.shards = sharding.lone_shards(programs.mesh)
     self.slots = [None] * self._width(len(rows))
     self.prompts = Prompts(programs, params, [row.context for row in rows], self.platform)
@@ -192,7 +192,7 @@ class Batch:
       return
     # Room for one more block than needed, so that a ring is not copied after every chunk.
     size = schedule.fit(p.cache_sizes, max(need, longest + min(p.cache_sizes[0], most_left)))
-    if self.size > size > self.size // 2:
+    if self.size > size > self.size // 2:      # no copy to save less than half
       size = self.size
     width, size = p.shape(width, size)
     if self.cache is None:

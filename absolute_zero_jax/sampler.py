@@ -61,13 +61,17 @@ class Sample:
 class Sampler:
   """Generates for one model config; owns compiled programs and the decode-layout weights.
 
-  Attributes set at construction:
+  Args:
+    pad_id: never drawn, unless it ends a response too.
+    stop_ids: each ends a response, whose last id it is.
     slots: rows in the running batch; memory is that of `slots` caches of the longest live row.
     min_slots: fewest rows of the running batch, however few are left: each width is a program.
     chunk: decode steps between two looks of the host.
     cache_block: smallest cache size; further sizes are 1.5, 2, 3, 4, ... times it.
     prompt_block: prompts are padded to sizes that grow likewise from this one; a beginning that
       several prompts share is prefilled once if it has as many tokens.
+    max_prompt_tokens, max_new_tokens: bounds of every request.
+    attention: of prefill, see `models.attention`.
     dtype: of weights, activations and cache while generating.
     vocab: ids from here on are never drawn (a table padded beyond the tokenizer); 0: all may be.
     max_programs: how many decode shapes, and how many prefill shapes, may be compiled before larger
@@ -93,7 +97,7 @@ class Sampler:
           raise ValueError(f'{name}={i} is outside the vocabulary of {config.vocab}.')
     self.config, self.mesh, self.dtype = config, mesh, jnp.dtype(dtype)
     self.max_prompt_tokens, self.max_new_tokens = max_prompt_tokens, max_new_tokens
-    self.slots = min(min_slots, slots), schedule.width(slots, sharding.row_shards(mesh))
+    self._widths = min(min_slots, slots), schedule.width(slots, sharding.row_shards(mesh))
     self._allowed_V = np.arange(config.vocab) < (vocab or config.vocab)
     self._allowed_V[pad_id] = pad_id in stop_ids
     self._stops_E = np.array(sorted(stop_ids) or [-1], np.int32)
@@ -130,7 +134,7 @@ class Sampler:
     params, weights = self._prepare(params)
     stats['prepare_s'] += time.perf_counter() - started
     results = [[None] * request.samples for request in requests]
-    batch = batching.Batch(self._programs, params, weights, rows, self.slots, key, opts,
+    batch = batching.Batch(self._programs, params, weights, rows, self._widths, key, opts,
                            self._allowed_V, self._stops_E)
     tokens = finished = 0
     while more is not None or batch.busy():

@@ -192,7 +192,7 @@ def test_aggregations_by_hand():
 
 
 def test_role_microbatch_is_the_mean_of_24_micro_batch_means():
-  """Source: spec section 8: six role-kinds of 64 sequences, slices of 16."""
+  """Source: the reference: six role-kinds of 64 sequences, slices of 16."""
   rng = np.random.default_rng(0)
   B = 6 * 64
   group = np.repeat(np.arange(6), 64)

@@ -85,7 +85,7 @@ def test_a_term_is_scaled_and_capped():
   assert rewards.term(3.0, 1.0, 0.5) == 0.5
 
 
-# Vectors measured on the reference (azr_spec 7.3).
+# Vectors measured on the reference.
 @pytest.mark.parametrize(('kind', 'value', 'flat', 'hierarchical'), [
     ('int', '1', 0.625, 0.375), ('int', '7', 1.0, 0.75), ('list', '[]', 1.0, 1.0)])
 def test_answer_diversity(kind, value, flat, hierarchical):

@@ -111,7 +111,7 @@ def test_each_proposal_gets_its_status_and_reward(executor):
 
 @pytest.mark.parametrize('rule, rate, wanted', [('azr', 1.0, 0.0), ('strict', 0.5, 0.5)])
 def test_the_reference_measures_without_the_format_test(executor, rule, rate, wanted):
-  """Two right answers in four have a word between thinking and answer (azr_spec 7.2)."""
+  """Two right answers in four have a word between thinking and answer."""
   def answers(prompt, n):
     return _answer(True)(prompt, n).replace('</think>', '</think> so ' if n % 2 else '</think>')
 
