@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Absolute Zero self-play in JAX.
 
-`import absolute_zero_jax as azj` gives `azj.train`, `azj.config`, `azj.executor`, ... on first use.
+`import absolute_zero_jax as azj` gives `azj.train`, `azj.models.loading`, ... on first use.
 The import itself loads no JAX: the executor's processes import this package too.
 """
 
@@ -14,6 +14,16 @@ def _modules() -> list[str]:
   # Here, because it loads two megabytes, which the executor's processes must not hold.
   import pkgutil
   return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def module_of(package: str, name: str):
+  """The module of that name in a package below this one, for the package's `__getattr__`."""
+  try:
+    return importlib.import_module(f'{package}.{name}')
+  except ModuleNotFoundError as e:
+    if e.name != f'{package}.{name}':      # another module, which this one needs
+      raise
+  raise AttributeError(f'module {package!r} has no attribute {name!r}')
 
 
 def __getattr__(name: str):

@@ -87,6 +87,13 @@ def test_a_planted_violation_is_found(tmp_path):
       'reinforce.py: reinforce must not import models']
 
 
+def test_modules_of_rooms_are_there_without_an_import():
+  code = ('import absolute_zero_jax as azj; '
+          'azj.models.loading.load; azj.tasks.prompts.load; azj.executor.client.Executor; '
+          'assert not hasattr(azj.models, "lodaing") and not hasattr(azj.executor, "clinet")')
+  subprocess.run([sys.executable, '-c', code], check=True, timeout=60, cwd=PACKAGE.parent)
+
+
 def test_importing_host_rooms_loads_no_jax_and_no_torch():
   code = ('import sys, absolute_zero_jax.executor, absolute_zero_jax.tasks, '
           'absolute_zero_jax.buffer, absolute_zero_jax.rewards, absolute_zero_jax.main; '

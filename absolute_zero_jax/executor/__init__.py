@@ -21,6 +21,8 @@ the service import only what they need).
 import importlib
 from typing import Any
 
+import absolute_zero_jax
+
 _LAZY = {'Executor': 'client', 'ExecutorError': 'link', 'Isolation': 'link',
          'IsolationError': 'link', 'QueueFull': 'link', 'SandboxFusion': 'sandboxfusion'}
 # An entry is a class, or any callable, that takes the config's options; add your own here or name
@@ -52,4 +54,4 @@ def start(name: str = 'local', **options: Any) -> Any:
 def __getattr__(name: str) -> Any:
   if name in _LAZY:
     return getattr(importlib.import_module(f'{__name__}.{_LAZY[name]}'), name)
-  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return absolute_zero_jax.module_of(__name__, name)

@@ -13,6 +13,7 @@ import importlib
 import inspect
 from typing import Any, Protocol
 
+import absolute_zero_jax
 from absolute_zero_jax.tasks.abduction import Abduction
 from absolute_zero_jax.tasks.deduction import Deduction
 from absolute_zero_jax.tasks.error import Error
@@ -21,6 +22,10 @@ from absolute_zero_jax.tasks.program import Proposal, Rules
 from absolute_zero_jax.types import Job, Task, Verdict
 
 __all__ = ['KINDS', 'Kind', 'Proposal', 'Rules', 'get']
+
+
+def __getattr__(name: str) -> Any:
+  return absolute_zero_jax.module_of(__name__, name)
 
 
 class Kind(Protocol):
