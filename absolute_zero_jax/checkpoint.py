@@ -7,6 +7,7 @@ be remote (`gs://...`). Format versions are checked before anything is used.
 """
 
 import json
+import os
 from typing import Any
 
 from etils import epath
@@ -29,7 +30,9 @@ class Checkpoints:
   copied first); `wait` and `close` block until they are.
   """
 
-  def __init__(self, workdir: str | epath.Path, *, keep: int = 2):
+  def __init__(self, workdir: epath.PathLike, *, keep: int = 2):
+    # Orbax wants absolute paths; a URL is one.
+    workdir = workdir if '://' in str(workdir) else os.path.abspath(workdir)
     self._manager = ocp.CheckpointManager(
         epath.Path(workdir) / 'checkpoints', item_names=('state', 'host'),
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
@@ -37,6 +40,10 @@ class Checkpoints:
   def latest(self) -> int | None:
     """The newest complete step, or None."""
     return self._manager.latest_step()
+
+  def steps(self) -> list[int]:
+    """All complete steps, oldest first."""
+    return sorted(self._manager.all_steps())
 
   def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
     """`state`: a pytree of arrays (NamedTuples stay what they are); `host`: JSON-able."""
@@ -66,6 +73,9 @@ class Checkpoints:
     try:
       return self._manager.restore(step, args=args)
     except FileNotFoundError as error:
+      if step not in self.steps():
+        raise CheckpointError(f'there is no checkpoint {step} in {self._manager.directory}; there '
+                              f'are {self.steps() or "none"}.') from error
       raise self._damaged(step, repr(error)) from error
     except (jax.errors.JaxRuntimeError, OSError):    # not the bytes' fault
       raise
@@ -73,7 +83,7 @@ class Checkpoints:
       raise self._damaged(step, repr(error)) from error
 
   def _damaged(self, step, reason):
-    earlier = max((s for s in self._manager.all_steps() if s < step), default=None)
+    earlier = max((s for s in self.steps() if s < step), default=None)
     after = ('begin anew: there is no earlier one' if earlier is None
              else f'continue from checkpoint {earlier}')
     reason = reason if len(reason) <= 200 else f'{reason[:200]} ...'
@@ -95,7 +105,7 @@ def abstract_like(tree: Any) -> Any:
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), tree)
 
 
-def claim(workdir: epath.Path, config: dict[str, Any], *, free: tuple[str, ...] | None,
+def claim(workdir: epath.PathLike, config: dict[str, Any], *, free: tuple[str, ...] | None,
           differences) -> None:
   """Writes `workdir/config.json`, or checks that the run found there is the same one.
 
@@ -105,6 +115,7 @@ def claim(workdir: epath.Path, config: dict[str, Any], *, free: tuple[str, ...] 
   Raises:
     CheckpointError: the workdir belongs to a run with another config.
   """
+  workdir = epath.Path(workdir)
   path = workdir / 'config.json'
   workdir.mkdir(parents=True, exist_ok=True)
   if free is not None and not path.exists():

@@ -276,14 +276,14 @@ def scalars(scores: dict[str, dict[str, list[float]]]) -> dict[str, float]:
           for end, x in zip(('', '_low', '_high'), values)}
 
 
-def write_items(path: epath.Path, items: Sequence[dict[str, Any]]) -> None:
+def write_items(path: epath.PathLike, items: Sequence[dict[str, Any]]) -> None:
   """One line of JSON per item."""
   metrics.write_atomically(path, '\n'.join(map(json.dumps, items)) + '\n')
 
 
-def read_items(path: epath.Path) -> list[dict[str, Any]]:
+def read_items(path: epath.PathLike) -> list[dict[str, Any]]:
   """What `write_items` wrote."""
-  return [json.loads(text) for text in path.read_text().splitlines()]
+  return [json.loads(text) for text in epath.Path(path).read_text().splitlines()]
 
 
 def _fitting(tasks: Sequence[Task], tools, limit: int) -> tuple[list[Task], int]:

@@ -69,7 +69,8 @@ class Writer:
   event file copied at every `flush`, because event writers append and object stores cannot.
   """
 
-  def __init__(self, workdir: epath.Path, first_step: int):
+  def __init__(self, workdir: epath.PathLike, first_step: int):
+    workdir = epath.Path(workdir)
     self._jsonl = workdir / 'metrics.jsonl'
     self._target = workdir / 'tensorboard'
     self._target.mkdir(parents=True, exist_ok=True)
@@ -123,16 +124,17 @@ def absolute(workdir: str | os.PathLike) -> epath.Path:
   return epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
 
 
-def write_atomically(path: epath.Path, text: str) -> None:
+def write_atomically(path: epath.PathLike, text: str) -> None:
   """Writes a whole file, or leaves the old one: a reader never sees half of it."""
+  path = epath.Path(path)
   temporary = path.parent / f'.{path.name}.tmp'
   temporary.write_text(text)
   temporary.replace(path)
 
 
-def read_history(workdir: epath.Path, last_step: int) -> list[dict[str, float]]:
+def read_history(workdir: epath.PathLike, last_step: int) -> list[dict[str, float]]:
   """The scalars of the iterations up to `last_step` that an interrupted run has written."""
-  path = workdir / 'metrics.jsonl'
+  path = epath.Path(workdir) / 'metrics.jsonl'
   lines = path.read_text().splitlines() if path.exists() else []
   return [json.loads(x) for x in lines if _step_of(x) <= last_step]
 

@@ -25,12 +25,13 @@ _WIDTH = 48
 _MEASURES = re.compile(r'greedy|sampled|pass@\d+')
 
 
-def write(workdir: epath.Path, history: History) -> str:
+def write(workdir: epath.PathLike, history: History) -> str:
   """The report as text; the plot goes to `workdir/learning.png` where matplotlib is installed.
 
   Args:
     history: the rows of metrics.jsonl, row 0 too.
   """
+  workdir = epath.Path(workdir)
   parts = [gains(workdir, last=int(history[-1]['step'])), curves(history)]
   try:
     (workdir / PLOT).write_bytes(plot(history))
@@ -40,13 +41,14 @@ def write(workdir: epath.Path, history: History) -> str:
   return '\n\n'.join(parts)
 
 
-def gains(workdir: epath.Path, last: int = sys.maxsize) -> str:
+def gains(workdir: epath.PathLike, last: int = sys.maxsize) -> str:
   """First and last scores in percent, and their paired difference with a 95 % interval.
 
   Scores after iteration `last` are left out: a killed run may have left some. Raises ValueError for
   a run without scores.
   """
-  files = sorted(f for f in (workdir / 'heldout').glob('*.jsonl') if int(f.stem) <= last)
+  folder = epath.Path(workdir) / 'heldout'
+  files = sorted(f for f in folder.glob('*.jsonl') if int(f.stem) <= last)
   if not files:
     raise ValueError(f'{workdir} holds no scores; set heldout.every_steps and play.')
   base, new = (evaluate.read_items(file) for file in (files[0], files[-1]))

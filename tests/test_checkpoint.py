@@ -123,3 +123,23 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
   c.optimizer.learning_rate = 1.0
   with pytest.raises(checkpoint.CheckpointError, match='optimizer.learning_rate'):
     claim()
+
+
+def test_a_relative_workdir_holds_checkpoints_too(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  checkpoint.claim('run', {}, free=None, differences=config.differences)
+  saver = checkpoint.Checkpoints('run')
+  saver.save(1, {'w': jnp.ones(3)}, {'a': 1})
+  saver.close()
+  assert checkpoint.Checkpoints(tmp_path / 'run').restore_host(1)['a'] == 1
+
+
+def test_a_step_that_is_not_there_is_not_called_damaged(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path)
+  with pytest.raises(checkpoint.CheckpointError, match='no checkpoint None in .*; there are none'):
+    saver.restore_host(saver.latest())
+  saver.save(1, {'w': jnp.ones(3)}, {'a': 1})
+  saver.wait()
+  with pytest.raises(checkpoint.CheckpointError, match=r'no checkpoint 7 in .*; there are \[1\]'):
+    saver.restore_host(7)
+  saver.close()

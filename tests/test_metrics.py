@@ -59,3 +59,10 @@ def test_console_prints_plain_lines_when_piped():
     bar.update(10)
   console.line('done')
   assert stream.getvalue() == 'done\n'
+
+
+def test_a_workdir_may_be_text(tmp_path):
+  writer = metrics.Writer(str(tmp_path), 1)
+  writer.scalars(1, {'a': 2.0})
+  writer.close()
+  assert metrics.read_history(str(tmp_path), 1) == [{'step': 1, 'a': 2.0}]

@@ -81,3 +81,12 @@ def test_without_matplotlib_the_report_says_what_to_install(workdir, monkeypatch
   monkeypatch.setattr(builtins, '__import__', without)
   text = report.write(workdir, _history({0: 0.25}))
   assert 'absolute_zero_jax[plot]' in text and not (workdir / 'learning.png').exists()
+
+
+@pytest.mark.parametrize('of', (str, epath.Path))
+def test_a_workdir_may_be_any_path(workdir, of):
+  assert report.gains(of(workdir)) == report.gains(workdir)
+  assert report.gains(workdir, 25) in report.write(of(workdir), _history({0: 0.5, 25: 0.75}))
+  file = of(workdir / 'heldout' / '000000.jsonl')
+  evaluate.write_items(file, evaluate.read_items(file)[:3])
+  assert len(evaluate.read_items(file)) == 3
