@@ -170,7 +170,6 @@ def test_hash_follows_content_and_wrapper(tmp_path):
   assert same.hash == prompts.load('compact').hash and len(same.hash) == 64
   assert prompts.load('think').hash != prompts.load('think', 'boxed').hash
   (folder / 'solve_deduction.txt').write_text('other $program $input')
-  prompts._load.cache_clear()
   assert prompts.load(str(folder)).hash != same.hash
 
 
@@ -194,7 +193,6 @@ def test_an_answer_may_be_looked_for_in_a_box(tmp_path):
   assert prompts.load(str(folder)).extract('solve', 'deduction', boxed) == (False, '')
   settings = json.loads((folder / 'set.json').read_text())
   (folder / 'set.json').write_text(json.dumps(settings | {'boxed_retry': True}))
-  prompts._load.cache_clear()
   assert prompts.load(str(folder)).extract('solve', 'deduction', boxed) == (False, '4')
   tagged = 'so</think> <answer>5</answer>'
   assert prompts.load(str(folder)).extract('solve', 'deduction', tagged) == (True, '5')
@@ -272,3 +270,9 @@ def test_a_malformed_set_is_refused(tmp_path):
   (folder / 'set.json').write_text('{"wrapper": "none"}')
   with pytest.raises(ValueError, match='malformed'):
     prompts.load(str(folder))
+
+
+def test_a_missing_folder_is_refused_as_path_too(tmp_path):
+  with pytest.raises(ValueError, match='is neither one of .* nor a folder'):
+    prompts.load(tmp_path / 'none')
+  assert prompts.load(_copy(tmp_path)).hash == prompts.load('compact').hash

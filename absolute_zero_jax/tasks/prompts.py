@@ -28,7 +28,6 @@ prompt as its opening and read back as part of the response. `set.json` says:
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
@@ -221,7 +220,7 @@ class PromptSet:
     return before, opening
 
 
-def load(name: str, wrapper: str = '', rule: str = '') -> PromptSet:
+def load(name: str | os.PathLike, wrapper: str = '', rule: str = '') -> PromptSet:
   """The built-in set of that name, the set in a directory, or the object `module:name`.
 
   Args:
@@ -232,9 +231,10 @@ def load(name: str, wrapper: str = '', rule: str = '') -> PromptSet:
   Raises:
     ValueError: no such set, no such wrapper, a malformed `set.json` or template.
   """
+  name = os.fspath(name)
   if not os.path.isdir(name) and name.count(':') == 1:
     return _of_module(*name.split(':'))
-  return _load(str(name), wrapper, rule)
+  return _load(name, wrapper, rule)
 
 
 def _of_module(module: str, attribute: str) -> PromptSet:
@@ -245,7 +245,6 @@ def _of_module(module: str, attribute: str) -> PromptSet:
   return made() if callable(made) else made
 
 
-@functools.cache
 def _load(name: str, wrapper: str, rule: str) -> PromptSet:
   built_in = sorted(p.name for p in BUILT_IN.iterdir() if (p / 'set.json').is_file())
   folder = BUILT_IN / name if name in built_in else pathlib.Path(name)
