@@ -233,3 +233,19 @@ def test_a_hundred_thousand_programs_leave_no_trace():
     after = measure()
   assert after[0] <= before[0] + 1 and after[2] <= before[2] + 2 and after[3] <= before[3]
   assert after[1] <= before[1] * 1.1 + 256, (before, after)
+
+
+def test_a_job_that_cannot_be_sent_is_not_waited_for():
+  with Executor(workers=2) as started:
+    with pytest.raises(TypeError):
+      started.submit(Job('run', 'def f(x):\n  return x', ('1',)), priority=object())
+    assert started.stats()['pending'] == 0
+    os.kill(_supervisor(started), signal.SIGKILL)
+    assert started.submit(Job('run', 'def f(x):\n  return x', ('1',))).result(60).status == 'ok'
+
+
+def test_numbers_of_a_closed_service_are_not_waited_for():
+  with Executor(workers=2) as started:
+    pass
+  start = time.monotonic()
+  assert started.stats()['pending'] == 0 and time.monotonic() - start < 5

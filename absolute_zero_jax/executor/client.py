@@ -148,8 +148,10 @@ def _check_options(o: dict) -> None:
             'per_worker': (1, 8), 'recycle_forks': (1, 1 << 30),
             'validate_timeout_s': (0.01, MAX_TIMEOUT_S), 'score_timeout_s': (0.01, MAX_TIMEOUT_S)}
   for name, (low, high) in bounds.items():
-    if not low <= o[name] <= high:
-      raise ValueError(f'{name}={o[name]!r} must be in [{low}, {high}].')
+    kind = (int, float) if name.endswith('_s') else int
+    if not isinstance(o[name], kind) or not low <= o[name] <= high:
+      raise ValueError(f'{name}={o[name]!r} must be {"a number" if "_s" in name else "an integer"} '
+                       f'in [{low}, {high}].')
   if o['workers'] % 2:
     raise ValueError(f'workers={o["workers"]} must be even: half of them has another hash seed; '
                      f'try {o["workers"] + 1}.')
@@ -163,9 +165,14 @@ def checked(job: Job) -> Job:
   """
   if job.op not in OPS:
     raise ValueError(f'Job.op={job.op!r} must be one of {list(OPS)}.')
-  if not 0 <= job.timeout_s <= MAX_TIMEOUT_S:
-    raise ValueError(f'Job.timeout_s={job.timeout_s!r} must be in [0, {MAX_TIMEOUT_S:g}]; '
-                     '0 takes the default.')
+  if not isinstance(job.timeout_s, int | float) or not 0 <= job.timeout_s <= MAX_TIMEOUT_S:
+    raise ValueError(f'Job.timeout_s={job.timeout_s!r} must be a number in '
+                     f'[0, {MAX_TIMEOUT_S:g}]; 0 takes the default.')
+  for name in ('inputs', 'expected'):
+    texts = getattr(job, name)
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+      raise ValueError(f'Job.{name}={texts!r:.80} must be a tuple of texts, one per input, such as '
+                       f'{("1, 2", "3, 4")}.')
   if len(job.expected) > len(job.inputs) or (job.op == 'compare' and
                                              len(job.expected) != len(job.inputs)):
     raise ValueError(f'Job.expected has {len(job.expected)} values for {len(job.inputs)} inputs.')

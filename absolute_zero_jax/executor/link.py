@@ -76,6 +76,10 @@ class _Pending:
     self.size = 200 + len(job.program) + sum(map(len, job.inputs)) + sum(map(len, job.expected))
 
 
+def _packed(numbered: list[tuple[int, _Pending]]) -> bytes:
+  return wire.pack({'jobs': [[n, e.priority, e.fields] for n, e in numbered]})
+
+
 class Link:
   """The connection to one supervisor after another. Its thread holds no reference to `Executor`."""
 
@@ -168,12 +172,13 @@ class Link:
   def submit(self, jobs: list[Job], priority: int, block: bool) -> list:
     """Futures of the jobs' verdicts, in order; see `client.Executor.submit`."""
     entries = [_Pending(job, priority) for job in jobs]
+    numbered = [(next(self._numbers), entry) for entry in entries]
+    message = _packed(numbered)      # first: what cannot be packed must not wait for a verdict
     with self._room:
       self._make_room(sum(e.size for e in entries), len(entries), block)
-      numbered = [(next(self._numbers), entry) for entry in entries]
       self._pending.update(numbered)
       self._bytes += sum(e.size for e in entries)
-    self._send_jobs(numbered)
+    self._send_jobs(message)
     return [entry.future for entry in entries]
 
   def _make_room(self, size: int, count: int, block: bool) -> None:
@@ -189,10 +194,7 @@ class Link:
     if self._failure:
       raise self._failure
 
-  def _send_jobs(self, numbered: list[tuple[int, _Pending]]) -> None:
-    if not numbered:
-      return
-    message = wire.pack({'jobs': [[n, e.priority, e.fields] for n, e in numbered]})
+  def _send_jobs(self, message: bytes) -> None:
     with self._send_lock:
       self._send(message)
 
@@ -261,7 +263,7 @@ class Link:
       with self._room:
         entry = self._pending.get(number)        # None: the service was closed meanwhile
       if entry:
-        self._send_jobs([(number, entry)])
+        self._send_jobs(_packed([(number, entry)]))
         return
 
   def _restart(self) -> wire.Inbox | None:
@@ -288,8 +290,7 @@ class Link:
         self._suspects = deque(n for n, e in again if e.deaths >= _SUSPECT_DEATHS)
         again = [(n, e) for n, e in again if e.deaths < _SUSPECT_DEATHS]
         for start in range(0, len(again), BATCH):
-          part = again[start:start + BATCH]
-          self._send(wire.pack({'jobs': [[n, e.priority, e.fields] for n, e in part]}))
+          self._send(_packed(again[start:start + BATCH]))
       self._send_suspect()
       return inbox
     self._fail(ExecutorError('The executor\'s supervisor keeps dying without a verdict, or does '
@@ -314,7 +315,8 @@ class Link:
     self._answers[number] = event, slot
     with self._send_lock:
       self._send(wire.pack({'stats': number}))
-    event.wait(10.0)
+    if self._failure is None:
+      event.wait(10.0)
     self._answers.pop(number, None)
     found = slot[0] if slot else {}
     level = fence.LEVELS.index(self.isolation.level) if self.isolation else 0
