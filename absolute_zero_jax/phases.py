@@ -205,7 +205,7 @@ class Answers:
       if parsed is not None:
         attempt.verdicts = tuple(_result(f, self._rules) for f in jobs)
         attempt.answer = parsed
-        attempt.accuracy = attempt.kind.accuracy(task, parsed, attempt.verdicts)
+        attempt.accuracy = float(attempt.kind.accuracy(task, parsed, attempt.verdicts))
         if well_formed:
           attempt.status = 'ok' if attempt.accuracy == 1 else _why_wrong(attempt.verdicts)
       out[i].append(attempt)

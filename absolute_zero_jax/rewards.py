@@ -117,7 +117,8 @@ class Checked:
       raise ValueError(f'reward.name={self.name!r}: {method} gave {result!r:.200} for an attempt '
                        f'of {attempt.kind.name}; it must give a finite number and a dict of finite '
                        'numbers, the parts it was made of.')
-    return result
+    # Records and checkpoints know Python's numbers only.
+    return float(reward), {name: float(x) for name, x in parts.items()}
 
 
 def get(made: type = Rewards, /, **options) -> Rewards:
@@ -178,7 +179,7 @@ def induction_score(right: Sequence[bool], how: str = 'binary') -> float:
   drops it from the mean).
   """
   _one_of('induction score', how, INDUCTION)
-  if not right:
+  if not len(right):
     return 0.0
   if how == 'accuracy':
     return sum(right) / len(right)

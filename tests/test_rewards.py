@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards and intrinsic values against the reference's numbers and by hand."""
 
+import json
 import types
 
+import numpy as np
 import pytest
 
 from absolute_zero_jax import intrinsic, rewards
@@ -157,3 +159,16 @@ def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'radon.complexity', None)
   with pytest.raises(ValueError, match='pip install radon'):
     intrinsic.halstead(IDENTITY)
+
+
+def test_rewards_of_numpy_become_numbers_that_can_be_written():
+  class Own:
+    def solve(self, attempt):
+      return np.float32(0.5), {'right': np.bool_(True), 'tokens': np.int64(3)}
+  reward = rewards.Checked(Own(), 'own').solve(_attempt())
+  assert json.loads(json.dumps(reward)) == [0.5, {'right': 1.0, 'tokens': 3.0}]
+
+
+def test_pairs_may_be_scored_from_an_array():
+  assert rewards.induction_score(np.array([True, False]), 'accuracy') == 0.5
+  assert rewards.induction_score(np.array([])) == 0
