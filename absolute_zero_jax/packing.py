@@ -211,7 +211,7 @@ def rollout(rows: Sequence[Row]) -> tuple[tuple[str, ...], Rollout]:
   masks = [mask(row) for row in rows]
   reward = []
   for row, mask_T in zip(rows, masks):
-    if isinstance(row.reward, int | float):
+    if not np.ndim(row.reward):
       reward_T = np.zeros(len(mask_T))
       reward_T[np.flatnonzero(mask_T)[-1:]] = row.reward     # the last token that is trained
     else:
@@ -236,7 +236,7 @@ def padded(per_row: Sequence[np.ndarray]) -> np.ndarray:
 
 def mask(row: Row) -> np.ndarray:
   """1.0 on the response tokens of a row that are trained."""
-  return np.asarray(row.mask or np.ones(len(row.response_ids)), np.float32)
+  return np.asarray(row.mask if len(row.mask) else np.ones(len(row.response_ids)), np.float32)
 
 
 def bucket(length: int, buckets: Sequence[int] = ()) -> int:
@@ -246,7 +246,7 @@ def bucket(length: int, buckets: Sequence[int] = ()) -> int:
   192, since attention works in blocks of 128): at most a third of a line is padding. Raises
   ValueError where none is long enough.
   """
-  if not buckets:
+  if not len(buckets):
     buckets = (64, 128, *(n for k in range(8, 40) for n in (2**k, 3 * 2**(k - 1))))
   for size in buckets:
     if length <= size:
@@ -289,9 +289,10 @@ def _shared(rows: Sequence[Row], limit: int) -> list[list[int]]:
   parts: list[list[int]] = []
   newest: dict[tuple[int, ...], list[int]] = {}
   for i, row in enumerate(rows):
-    part = newest.get(tuple(row.prompt_ids), [])
+    prompt = tuple(map(int, row.prompt_ids))
+    part = newest.get(prompt, [])
     if not part or len(part) == GROUP - 1 or _item_length(rows, [*part, i]) > limit:
-      part = newest[tuple(row.prompt_ids)] = []
+      part = newest[prompt] = []
       parts.append(part)
     part.append(i)
   return parts
@@ -331,7 +332,7 @@ def _checked_length(i: int, row: Row) -> int:
     if len(value) != n and not (name == 'mask' and not len(value)):
       raise ValueError(f'row {i} ({row.role} {row.kind}): {name} has {len(value)} entries for {n} '
                        'response tokens; give one each, the stop token included.')
-  if not isinstance(row.reward, int | float) and len(row.reward) != n:
+  if np.ndim(row.reward) and len(row.reward) != n:
     raise ValueError(f'row {i} ({row.role} {row.kind}): {len(row.reward)} rewards for {n} response '
                      'tokens; give one number for the whole response, or one each.')
   return len(row.prompt_ids) + n

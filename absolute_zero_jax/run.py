@@ -153,9 +153,9 @@ class Run:
                                 rewards=self.rewards, excludes=excludes,
                                 shape=lambda task: identity.shape(task.program))
 
-  def params(self, role: Role) -> Any:
+  def params(self, role: Role | str) -> Any:
     """The weights that play `role`: the trained policy, or the frozen base."""
-    return self.base if self.c.roles[role.value] == 'base' else self.policy()
+    return self.base if self.c.roles[Role(role).value] == 'base' else self.policy()
 
   def policy(self) -> Any:
     """The trained weights, LoRA adapters merged in; do not keep them across an update."""

@@ -13,8 +13,8 @@ import enum
 from typing import Any
 
 
-class Role(str, enum.Enum):
-  """What the model is asked for: a new task, or the answer to one."""
+class Role(enum.StrEnum):
+  """What the model is asked for: a new task, or the answer to one. Each is its own name as text."""
   PROPOSE = 'propose'
   SOLVE = 'solve'
 

@@ -119,6 +119,7 @@ def test_validity_rewards_pay_every_task_alike(play):
 def test_a_frozen_proposer_plays_the_base(play):
   _, current = play('proposer_frozen')
   assert current.params(Role.PROPOSE) is current.base
+  assert current.params('propose') is current.base
   assert current.params(Role.SOLVE) is not current.base
 
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layout of an update: every token once, prompts shared, few shapes, clear refusals."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_rows as rows_lib
 
 from absolute_zero_jax import advantages, learner, packing
+from absolute_zero_jax.types import Role
 
 
 @pytest.mark.parametrize('pack', [False, True])
@@ -127,3 +130,22 @@ def test_the_rollout_numbers_roles_kinds_and_prompts():
   for row, reward_T, mask_T in zip(rows, r.reward_BT, r.mask_BT):
     n = len(row.response_ids)
     assert reward_T[n - 1] == row.reward == reward_T.sum() and mask_T.sum() == n
+
+
+@pytest.mark.parametrize('change', [
+    {'reward': np.float32(1)}, {'reward': np.int64(1)}, {'reward': jnp.float32(1)},
+    {'reward': np.array(1.0)}, {'mask': (True, False)}, {'mask': np.array([True, False])},
+    {'prompt_ids': jnp.array([1, 2]), 'response_ids': np.array([3, 4])},
+    {'role': Role.SOLVE, 'sampler_logprobs': jnp.zeros(2)}])
+def test_rows_may_hold_numbers_and_arrays_of_any_kind(change):
+  usual = dict(prompt_ids=(1, 2), response_ids=(3, 4), sampler_logprobs=(0.0, 0.0),
+               model_logprobs=(0.0, 0.0), reward=1.0, kind='deduction', role='solve', prompt='a')
+  if 'mask' in change:
+    usual['mask'] = [True, False]
+  def laid_out(fields):
+    rows = [learner.Row(**fields)] * 2
+    plan = packing.plan(rows, micro_batch_tokens=128, share_prompts=True,
+                        buckets=np.array([64, 128]))
+    return packing.fill(plan, rows), packing.rollout(rows)
+  for x, y in zip(jax.tree.leaves(laid_out(usual | change)), jax.tree.leaves(laid_out(usual))):
+    np.testing.assert_array_equal(x, y)
