@@ -91,6 +91,8 @@ class Algorithm:
   importance_cap: float = 2.0
 
   def __post_init__(self):
+    for name in ('role_estimators', 'role_weights'):      # dicts will do
+      object.__setattr__(self, name, tuple(dict(getattr(self, name)).items()))
     _check(self)
 
   @property
@@ -190,7 +192,9 @@ def kl(gap, kind: str, xp=jnp):
     return gap
   if kind == 'k2':
     return gap**2 / 2
-  return xp.expm1(-gap) + gap
+  if kind == 'k3':
+    return xp.expm1(-gap) + gap
+  raise ValueError(f"kl kind={kind!r} is unknown; allowed: 'k1', 'k2', 'k3'.")
 
 
 def importance_weights(gap_M: jax.Array, kind: str, cap: float) -> jax.Array:
@@ -200,6 +204,8 @@ def importance_weights(gap_M: jax.Array, kind: str, cap: float) -> jax.Array:
   weight_M = jnp.exp(jnp.clip(gap_M, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
   if kind == 'truncate':
     return jnp.minimum(weight_M, cap)
+  if kind != 'mask':
+    raise ValueError(f"importance={kind!r} is unknown; allowed: 'none', 'truncate', 'mask'.")
   return jnp.where((weight_M >= 1 / cap) & (weight_M <= cap), weight_M, 0)
 
 
@@ -252,7 +258,7 @@ def get(name: str, **fields: Any) -> Any:
 
 def take(r: Rollout, member_B: np.ndarray) -> Rollout:
   """The rollout of some of its sequences, by number or truth value."""
-  penalty = r.penalty_BT[member_B] if isinstance(r.penalty_BT, np.ndarray) else r.penalty_BT
+  penalty = r.penalty_BT[member_B] if np.ndim(r.penalty_BT) else r.penalty_BT
   return Rollout(*(x[member_B] for x in r[:5]), penalty)
 
 

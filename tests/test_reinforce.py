@@ -175,3 +175,22 @@ def test_an_algorithm_of_the_users_own_is_named_in_the_config():
 def test_impossible_values_are_refused_by_name(fields, match):
   with pytest.raises(ValueError, match=match):
     reinforce.get(**fields)
+
+
+def test_options_of_roles_may_be_dicts():
+  given = dict(role_estimators={'solve': 'rloo'}, role_weights={'propose': 0.3})
+  assert reinforce.get('grpo', **given) == reinforce.get(
+      'grpo', **{name: tuple(value.items()) for name, value in given.items()})
+
+
+@pytest.mark.parametrize('made', [
+    lambda: reinforce.kl(0.1, 'low_var_kl'),
+    lambda: reinforce.importance_weights(jnp.zeros(2), 'truncated', 2.0)])
+def test_an_unknown_estimate_is_not_taken_for_another(made):
+  with pytest.raises(ValueError, match='is unknown; allowed: '):
+    made()
+
+
+def test_a_part_of_a_rollout_has_its_part_of_any_penalty():
+  r = _random(0)._replace(penalty_BT=jnp.ones(_random(0).mask_BT.shape))
+  assert reinforce.take(r, np.array([0])).penalty_BT.shape == r.mask_BT[:1].shape
