@@ -127,7 +127,7 @@ class Learner:
       return state
     whole = sharding.replicated(self._mesh)
     def put(x):
-      on_mesh = isinstance(x.sharding, jax.sharding.NamedSharding)
+      on_mesh = isinstance(getattr(x, 'sharding', None), jax.sharding.NamedSharding)
       return x if on_mesh else jax.device_put(x, whole)
     return jax.tree.map(put, state)
 

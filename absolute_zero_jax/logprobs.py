@@ -55,7 +55,7 @@ def score_blocks(hidden_BTD: jax.Array, unembed_VD: jax.Array, target_BT: jax.Ar
                      f'{(B, T)}: one target per hidden state.')
   if chunk < 0:
     raise ValueError(f'chunk={chunk} must be 0 (by the size of the vocabulary) or more.')
-  size = min(T, chunk or max(8, _CHUNK_LOGITS // unembed_VD.shape[0] // 8 * 8))
+  size = min(T or 1, chunk or max(8, _CHUNK_LOGITS // unembed_VD.shape[0] // 8 * 8))
   pad = -T % size
   hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0)))
   target_BT = jnp.pad(target_BT, ((0, 0), (0, pad)))

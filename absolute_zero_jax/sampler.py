@@ -124,11 +124,15 @@ class Sampler:
     or None once none will follow.
 
     Raises ValueError for an empty or too long prompt, ids outside the vocabulary, more new tokens
-    than the sampler's maximum (before any work on the requests concerned), and sampling parameters
-    out of range.
+    than the sampler's maximum (before any work on the requests concerned), sampling parameters out
+    of range, and a key that is none.
     """
     rows = self._rows(requests)
     opts = sampling.options(temperature, top_k, top_p, min_p)
+    if not hasattr(key, 'dtype'):
+      raise ValueError(f'key={key!r:.80} is no key; make one, such as jax.random.key(0).')
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+      key = jax.random.wrap_key_data(key)      # of the older kind, jax.random.PRNGKey(0)
     stats = self._programs.stats
     started = time.perf_counter()
     params, weights = self._prepare(params)

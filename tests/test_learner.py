@@ -380,3 +380,11 @@ def test_bfloat16_weights_move_by_less_than_their_resolution(params):
   # A step of 1e-4 is below half a bfloat16 step of weights above 0.05: to nearest, none would move.
   large = np.concatenate([np.abs(np.asarray(b)).ravel() for _, b in wide]) > 0.1
   assert 0.01 < np.mean(moved[large] != 0) < 0.5
+
+
+def test_parameters_of_numpy_can_be_trained_on_a_mesh(params):
+  trainer = learner.of_decoder(CONFIG, learner.make_optimizer(1e-3), reinforce.get('rloo'),
+                               mesh=sharding.make_mesh())
+  state = trainer.init(jax.device_get(params))
+  state, _ = trainer.update(state, trainer.prepare(rows_lib.rows(8), state.params))
+  assert int(state.step) == 1 and _apart(params, state.params) > 0

@@ -145,3 +145,9 @@ def test_hostile_shapes_are_refused():
     logprobs.score(hidden, table, target[:-1])
   with pytest.raises(ValueError, match='chunk=-1'):
     logprobs.score(hidden, table, target, chunk=-1)
+
+
+def test_no_token_has_no_log_probability():
+  hidden, table, target = _inputs()
+  logprob, entropy = logprobs.score(hidden[:0], table, target[:0])
+  assert logprob.shape == entropy.shape == (0,)

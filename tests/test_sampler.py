@@ -311,3 +311,11 @@ def test_shared_prefixes_save_the_most_tokens():
   deep = [a + (i,) for i in range(7)] + [a + tuple(range(50, 70)) + (i,) for i in range(2)]
   assert {len(p) for p in schedule.shared_prefixes(deep, 32).values()} == {40}
   assert set(schedule.shared_prefixes([a + (1,), a + (2,)], 41).values()) == {()}
+
+
+def test_keys_of_the_older_kind_draw_the_same_and_numbers_are_no_keys():
+  requests = [sampler.Request(_prompt(5, 1))]
+  draw = lambda key: _ids(_shared_sampler().generate(_params(), requests, key))
+  assert draw(jax.random.PRNGKey(3)) == draw(jax.random.key(3))
+  with pytest.raises(ValueError, match='key=3 is no key; make one'):
+    draw(3)
