@@ -99,14 +99,16 @@ class TaskBuffer:
     """The tasks of a kind, oldest first."""
     return tuple(self._stores.get(kind, ()))
 
-  def references(self, kinds: Sequence[str], rng: np.random.Generator, count: int,
+  def references(self, kinds: Sequence[str] | str, rng: np.random.Generator, count: int,
                  strategy: str = 'uniform') -> list[Task]:
     """Up to `count` tasks of the kinds together, without replacement, in random order.
 
     Args:
+      kinds: names; one may be given as text.
       strategy: 'uniform', or 'step': probability proportional to born_step + 1.
     """
     _one_of('reference strategy', strategy, REFERENCE_STRATEGIES)
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
     pool = [task for kind in kinds for task in self._stores.get(kind, ())]
     steps = np.array([task.born_step + 1.0 for task in pool])
     return _draw(pool, rng, count, steps if strategy == 'step' else None)
@@ -148,10 +150,12 @@ class TaskBuffer:
     return [taken[i] for i in rng.permutation(len(taken))]
 
   def snapshot(self) -> 'TaskBuffer':
-    """A buffer to draw from that stays as this one is now; it shares the tasks."""
+    """A buffer that stays as this one is now; it shares the tasks."""
     made = copy.copy(self)
     made._stores = {kind: list(store) for kind, store in self._stores.items()}
     made._keys = {kind: dict(keys) for kind, keys in self._keys.items()}
+    made._added, made._counted = dict(self._added), set(self._counted)
+    made._counts = copy.deepcopy(self._counts)
     return made
 
   def count_types(self, task: Task) -> None:

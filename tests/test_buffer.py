@@ -196,3 +196,18 @@ def test_a_draw_repeats_only_when_it_must(steps, count, step, strategy):
   times = np.unique([t.key for t in drawn], return_counts=True)[1]
   assert len(times) == min(count, len(steps))
   assert times.max() - times.min() <= 1
+
+
+def test_a_snapshot_stays_as_it_was():
+  made = _filled([1, 1])
+  for task in made.tasks('deduction'):
+    made.count_types(task)
+  taken, state, counts = made.snapshot(), made.state(), made.counts()
+  made.extend([_task(7)])
+  assert taken.state() == state and taken.counts() == counts != made.counts()
+  taken.extend([_task(8), _task(9)])
+  assert made.sizes()['deduction'] == 3 and made.state()['added'] == {'deduction': 3}
+
+
+def test_references_of_one_kind_need_no_tuple():
+  assert len(_filled([1, 1]).references('deduction', _rng(), 5)) == 2
