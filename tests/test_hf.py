@@ -161,3 +161,8 @@ def test_generation_config_and_tokenizer_files(tmp_path):
 def test_config_json_gives_the_stop_id_where_no_generation_config_is(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps({'bos_token_id': 1, 'eos_token_id': 2}))
   assert loading.generation_config(tmp_path) == {'bos_token_id': 1, 'eos_token_id': [2]}
+
+
+def test_special_ids_of_nothing_are_refused(tmp_path):
+  with pytest.raises(ValueError, match='no model at .*none'):
+    loading.generation_config(tmp_path / 'none')

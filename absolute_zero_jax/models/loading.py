@@ -105,10 +105,15 @@ def generation_config(path: str | os.PathLike | None) -> dict[str, Any]:
   Always has 'eos_token_id', a list (empty if the model names none): every id that ends a response.
   'bos_token_id' and 'pad_token_id' are there if the model names them. From a directory the rest of
   generation_config.json follows, which overrules config.json; a random model (None) has no ids.
+
+  Raises ValueError where nothing is at `path`.
   """
   if path is None:
     return {'eos_token_id': []}
   path = weights(pathlib.Path(path))
+  if not path.exists():
+    raise ValueError(f'no model at {path}; give the path of a directory or .gguf file, such as '
+                     '`hub.resolve(name)`')
   if path.is_file():
     metadata = gguf.read(path).metadata
     ids = {ours: metadata.get(f'tokenizer.ggml.{theirs}_token_id')
