@@ -46,11 +46,12 @@ def load(path: str | os.PathLike, *, plain_tags: Iterable[str] = PLAIN_TAGS,
     ValueError: nothing readable is at `path`, or a tokenizer of an unsupported kind.
   """
   if path == 'bytes':
-    return byte_tokenizer()
+    return byte_tokenizer(chat_template)
   path = pathlib.Path(path)
   if not path.exists():
     raise ValueError(f'There is no tokenizer at {path}. Name a directory with tokenizer.json or '
-                     'tokenizer.model, or a .gguf file.')
+                     "tokenizer.model, a .gguf file, or 'bytes'; that of a model by name lies at "
+                     '`models.hub.resolve(name)`.')
   if path.is_file() and path.suffix not in ('.gguf', '.json', '.model'):
     raise ValueError(f'{path} is no tokenizer; a single file must be tokenizer.json, '
                      'tokenizer.model or a .gguf file.')
@@ -59,8 +60,8 @@ def load(path: str | os.PathLike, *, plain_tags: Iterable[str] = PLAIN_TAGS,
   return Tokenizer(source, plain_tags=plain_tags, chat_template=chat_template)
 
 
-def byte_tokenizer() -> 'Tokenizer':
-  """256 bytes, then <pad> (256), <bos> (257) and <eos> (258); no BOS by default, no template."""
+def byte_tokenizer(chat_template: str | None = None) -> 'Tokenizer':
+  """256 bytes, then <pad> (256), <bos> (257) and <eos> (258); no BOS by default."""
   byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,
                 'use_regex': False}
   specials = ('<pad>', '<bos>', '<eos>')
@@ -73,7 +74,8 @@ def byte_tokenizer() -> 'Tokenizer':
                 'vocab': tokenizer_spec.byte_of_char()},
   }
   names = dict(zip(('pad_token', 'bos_token', 'eos_token'), specials))
-  return Tokenizer(tokenizer_spec.Source('bytes', spec, names, adds_bos=False))
+  return Tokenizer(tokenizer_spec.Source('bytes', spec, names, adds_bos=False),
+                   chat_template=chat_template)
 
 
 class Tokenizer:
@@ -182,7 +184,7 @@ class Tokenizer:
       ids = [index for index in ids if index not in self.special_ids]
     return [self._table[index] if index < self.vocab_size else b'' for index in ids]
 
-  def stop_position(self, ids: Sequence[int], stops: Iterable[str],
+  def stop_position(self, ids: Sequence[int], stops: Iterable[str] | str,
                     accept: Callable[[str], bool] = lambda text: True) -> int | None:
     """How many of a response's `ids` to keep so that their text just contains one of `stops`.
 
@@ -196,7 +198,7 @@ class Tokenizer:
     pieces = self.token_bytes(ids)
     data = b''.join(pieces)
     ends = set()
-    for stop in stops:
+    for stop in [stops] if isinstance(stops, str) else stops:
       if not stop:
         raise ValueError('A stop text must not be empty.')
       ends |= {found.end() for found in re.finditer(re.escape(stop.encode()), data)}

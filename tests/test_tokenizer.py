@@ -334,8 +334,16 @@ def test_stop_position_by_hand():
   ids = ours.encode('ab```\nc```')
   assert ours.stop_position(ids, ['```']) == 5
   assert ours.stop_position(ids, ['c', '```\n']) == 6
+  assert ours.stop_position(ids, '```') == 5         # one text, not its characters
   assert ours.stop_position(ids, ['zz']) is None
   assert ours.stop_position(ids, []) is None
   assert ours.stop_position([], ['a']) is None
   with pytest.raises(ValueError, match='empty'):
     ours.stop_position(ids, [''])
+
+
+def test_bytes_may_have_a_chat_template():
+  ours = tokenizer.load('bytes', chat_template='{{ messages[0].content }}!')
+  assert ours.decode(ours.chat_ids([{'role': 'user', 'content': 'hi'}])) == 'hi!'
+  with pytest.raises(ValueError, match='has no chat template'):
+    tokenizer.load('bytes').chat([])
