@@ -108,12 +108,13 @@ def measure(c: config_lib.ConfigDict, tools: selfplay.Tools, sampler: sampler_li
   return items
 
 
-@functools.lru_cache(maxsize=8)
-def held_out_tasks(seed: int, count: int, part: str, *, kinds: tuple[str, ...],
+_test_set = functools.lru_cache(maxsize=8)(grammar.test_set)
+
+
+def held_out_tasks(seed: int, count: int, part: str, *, kinds: Sequence[str],
                    cases: int = 6) -> tuple[Task, ...]:
   """One task of each kind from each held-out program; kinds in order."""
-  examples = grammar.test_set(seed, count, part, cases=cases)
-  out = []
+  examples, out = _test_set(seed, count, part, cases=cases), []
   for kind in kinds:
     many = kind == 'induction'
     for e in examples:
@@ -314,6 +315,8 @@ def _answers(tasks, count, temperature, tools, generate, limit):
 
 def _columns(items) -> dict[str, dict[str, np.ndarray]]:
   """{'part/kind' or 'part/mean': {quantity: one number per program}}."""
+  if not items:
+    raise ValueError('there are no items; score some tasks first.')
   quantities = [k for k in items[0] if k.partition('@')[0] in QUANTITIES]
   out = {}
   for part in dict.fromkeys(i['part'] for i in items):

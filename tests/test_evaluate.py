@@ -228,3 +228,11 @@ def test_the_command_scores_a_model_directory(tmp_path):
   assert all(v == [0, 0, 0] for row in results['gains'].values() for v in row.values())
   assert results['model'].endswith('model') and results['base'].endswith('twin')
   assert results['base_scores'] == results['scores'] and '+0.0 to +0.0' in text.getvalue()
+
+
+def test_kinds_may_be_a_list_and_no_items_are_refused():
+  todo = evaluate.held_out_tasks(3, 2, 'same', kinds=['deduction', 'induction'])
+  assert todo == evaluate.held_out_tasks(3, 2, 'same', kinds=('deduction', 'induction'))
+  for scored in (lambda: evaluate.summarize([]), lambda: evaluate.compare([], [])):
+    with pytest.raises(ValueError, match='there are no items'):
+      scored()
