@@ -216,3 +216,9 @@ def test_the_shape_of_an_f_string_keeps_its_parts():
   plain, before, other = ("def f(x):\n  return f'{x}'", "def f(x):\n  return f'a{x}'",
                           "def f(x):\n  return f'b{x}'")
   assert identity.shape(before) == identity.shape(other) != identity.shape(plain)
+
+
+@pytest.mark.parametrize('option', [{'banned_words': 'os'}, {'clean': 'prints'}])
+def test_one_word_is_not_taken_for_its_letters(option):
+  with pytest.raises(ValueError, match=r"rules\..* must be a tuple of texts, such as \('"):
+    program.Rules(**option)

@@ -140,6 +140,9 @@ def _check_options(o: dict) -> None:
   values.equal(None, None, o['equality'])
   if o['min_isolation'] not in fence.LEVELS:
     raise ValueError(f'min_isolation={o["min_isolation"]!r} must be one of {list(fence.LEVELS)}.')
+  for name in ('modules', 'layers'):
+    if isinstance(o[name], str):
+      raise ValueError(f'{name}={o[name]!r} must be a tuple of names, such as {(o[name],)}.')
   unknown = set(o['layers']) - set(_LAYERS)
   if unknown:
     raise ValueError(f'layers={sorted(unknown)} are unknown; there are {list(_LAYERS)}.')

@@ -68,8 +68,11 @@ class Rules:
   reject_inner_tests: bool = False
 
   def __post_init__(self):
-    object.__setattr__(self, 'clean', tuple(self.clean))
-    object.__setattr__(self, 'banned_words', tuple(self.banned_words))
+    for name in ('clean', 'banned_words'):
+      value = getattr(self, name)
+      if isinstance(value, str):
+        raise ValueError(f'rules.{name}={value!r} must be a tuple of texts, such as {(value,)}.')
+      object.__setattr__(self, name, tuple(value))
     for name, allowed in (('functions', FUNCTION_LIMITS), ('rename', RENAME_MODES),
                           ('fence', ('first', 'last'))):
       if getattr(self, name) not in allowed:
