@@ -7,7 +7,6 @@ be remote (`gs://...`). Format versions are checked before anything is used.
 """
 
 import json
-import os
 from typing import Any
 
 from etils import epath
@@ -31,10 +30,8 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: epath.PathLike, *, keep: int = 2):
-    # Orbax wants absolute paths; a URL is one.
-    workdir = workdir if '://' in str(workdir) else os.path.abspath(workdir)
     self._manager = ocp.CheckpointManager(
-        epath.Path(workdir) / 'checkpoints', item_names=('state', 'host'),
+        metrics.absolute(workdir) / 'checkpoints', item_names=('state', 'host'),
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
 
   def latest(self) -> int | None:

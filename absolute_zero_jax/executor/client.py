@@ -44,6 +44,7 @@ class Executor:
       them in memory.
     min_isolation: refuse to start below this level: 'full', 'standard' or 'weak'. Weak means no
       system call filter (macOS, exotic kernels): programs can then do whatever this user can.
+    allow_weak_isolation: the same as min_isolation='weak'.
     layers: fence layers to try; leave some out to measure or to test.
     cache_size: remembered outcomes of (program, input); 0 remembers nothing.
     max_pending: jobs that may wait for their verdict before `submit` blocks.
@@ -62,7 +63,8 @@ class Executor:
   def __init__(self, *, workers: int = 0, validate_timeout_s: float = 2.0,
                score_timeout_s: float = 4.0, memory_mb: int = 512, equality: str = 'strict',
                policy: bool = True, modules: Iterable[str] | None = None,
-               min_isolation: str = 'standard', layers: Iterable[str] = _LAYERS,
+               min_isolation: str = 'standard', allow_weak_isolation: bool = False,
+               layers: Iterable[str] = _LAYERS,
                cache_size: int = 8192, max_pending: int = 16384, max_pending_mb: int = 256,
                nice: int = 10, cores: Sequence[int] = (), per_worker: int = 1,
                recycle_forks: int = 20000):
@@ -76,7 +78,7 @@ class Executor:
     options = {
         'root': root, 'workers': workers, 'rules': rules, 'cache_size': cache_size,
         'per_zygote': per_worker, 'recycle_forks': recycle_forks, 'compiles': True,
-        'min_isolation': min_isolation,
+        'min_isolation': 'weak' if allow_weak_isolation else min_isolation,
         'zygote': {'memory_mb': memory_mb, 'layers': layers, 'namespaces': 'namespaces' in layers,
                    'modules': modules if policy else [*modules, *_WITHOUT_POLICY],
                    'nice': nice, 'cores': list(cores), 'cpu_s': int(MAX_TIMEOUT_S) + 1}}
