@@ -243,7 +243,7 @@ def get_config() -> ConfigDict:
   c.algorithm.skip_zero_rows = False
 
   c.optimizer = ConfigDict()
-  c.optimizer.name = 'adamw'          # or 'muon', for pre-training
+  c.optimizer.name = 'adamw'          # or 'muon'; see `optimizer.make_optimizer`
   c.optimizer.learning_rate = 1e-6
   c.optimizer.warmup_steps = 0        # optimizer steps, as in torch
   c.optimizer.schedule = 'constant'   # 'constant' or 'cosine' (to zero at train.steps)
