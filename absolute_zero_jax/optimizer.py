@@ -27,9 +27,10 @@ def make_optimizer(learning_rate: float = 1e-6, *, name: str = 'adamw', schedule
 
   Muon (Jordan et al., 2024; optax.contrib) orthogonalises the momentum of the layers' matrices; all
   else, embeddings and norms, is left to AdamW with Nesterov momentum and without decay. It learns
-  faster from little text, and plays on better from weights that it made (docs/learning.md); for
-  weights that AdamW made, stay with AdamW (Liu et al., arXiv:2502.16982, on fine-tuning). It takes
-  no `eps` and no `decay`: what decays are those matrices.
+  faster from little text, and self-play from weights that it made keeps answers more various
+  (docs/learning_runs.md); for weights that AdamW made, stay with AdamW (Liu et al.,
+  arXiv:2502.16982, on fine-tuning). It takes no `eps` and no `decay`: what decays are those
+  matrices.
 
   The gradient is clipped by the learner, not here.
 
