@@ -8,6 +8,7 @@ a bad flag has been refused. A user's error is one paragraph and a non-zero exit
 import ast
 import contextlib
 import importlib
+import os
 import pathlib
 import runpy
 import signal
@@ -96,7 +97,8 @@ def parse(argv: list[str]):
     raise ValueError('--config is missing, e.g. --config configs/smollm2.py. See --help.')
   name = config_flags.get_config_filename(_FLAGS['config']).partition(':')[0]
   stem = name.rpartition('/')[2].removesuffix('.py')
-  workdir = _WORKDIR.value or f'runs/{stem}'
+  # The shell leaves the ~ of --workdir=~/x alone.
+  workdir = os.path.expanduser(_WORKDIR.value or f'runs/{stem}')
   scheme, remote, _ = workdir.partition('://')
   if remote and scheme not in _REMOTE:
     raise ValueError(f'--workdir {workdir!r}: {scheme}:// is unknown; allowed: a local folder, '

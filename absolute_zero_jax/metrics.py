@@ -121,7 +121,9 @@ class Writer:
 
 def absolute(workdir: str | os.PathLike) -> epath.Path:
   """A folder's absolute path, as orbax wants it; a URL stays as it is."""
-  return epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
+  if '://' in str(workdir):
+    return epath.Path(workdir)
+  return epath.Path(os.path.abspath(os.path.expanduser(workdir)))
 
 
 def write_atomically(path: epath.PathLike, text: str) -> None:

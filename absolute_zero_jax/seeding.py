@@ -36,7 +36,7 @@ def load(path: epath.PathLike, kinds: Sequence[Any], submit: Callable[[Job], fut
   Raises:
     ValueError: no such file, an empty folder, or a row that is no seed.
   """
-  path = epath.Path(path)
+  path = epath.Path(path).expanduser()
   files = sorted(path.glob('*.jsonl')) if path.is_dir() else [path]
   if not files or not path.exists():
     raise ValueError(f'selfplay.seeds={str(path)!r} is no .jsonl file and no folder of them.')

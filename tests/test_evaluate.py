@@ -71,7 +71,7 @@ def test_a_model_that_knows_gets_everything(service):
   assert scores['same/deduction']['entropy'][0] == 0.5 and scores['same/mean']['thinks'][0] == 0
 
 
-def test_programs_of_a_file_are_scored_as_they_stand(service, tmp_path):
+def test_programs_of_a_file_are_scored_as_they_stand(service, tmp_path, monkeypatch):
   path = tmp_path / 'written.jsonl'
   path.write_text('\n'.join(json.dumps(dict(code=code, input=given, output=output, id='x'))
                             for code, given, output in (
@@ -79,6 +79,8 @@ def test_programs_of_a_file_are_scored_as_they_stand(service, tmp_path):
       ('def f(x, y):\n    return {x: y}', '1, [2]', '{1: [2]}'))) + '\n')
   todo = evaluate.file_tasks(path, KINDS)
   assert [t.kind for t in todo] == ['deduction'] * 2 + ['abduction'] * 2
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert evaluate.file_tasks('~/written.jsonl', KINDS) == todo
   items = _score(service, lambda task, n, t: ANSWER + _gold(task), todo=todo, samples=0)
   assert all(i['greedy'] == 1 for i in items)
   items = _score(service, lambda task, n, t: ANSWER + '[1]', todo=todo, samples=0)

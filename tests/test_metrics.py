@@ -66,3 +66,9 @@ def test_a_workdir_may_be_text(tmp_path):
   writer.scalars(1, {'a': 2.0})
   writer.close()
   assert metrics.read_history(str(tmp_path), 1) == [{'step': 1, 'a': 2.0}]
+
+
+def test_a_workdir_may_lie_at_home(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))      # the shell leaves the ~ of --workdir=~/runs
+  assert metrics.absolute('~/runs') == epath.Path(tmp_path / 'runs')
+  assert metrics.absolute('gs://bucket/~/runs') == epath.Path('gs://bucket/~/runs')

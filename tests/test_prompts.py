@@ -276,3 +276,9 @@ def test_a_missing_folder_is_refused_as_path_too(tmp_path):
   with pytest.raises(ValueError, match='is neither one of .* nor a folder'):
     prompts.load(tmp_path / 'none')
   assert prompts.load(_copy(tmp_path)).hash == prompts.load('compact').hash
+
+
+def test_a_folder_may_lie_at_home(tmp_path, monkeypatch):
+  folder = _copy(tmp_path)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert prompts.load('~/mine').formats == prompts.load(folder).formats

@@ -231,7 +231,7 @@ def load(name: str | os.PathLike, wrapper: str = '', rule: str = '') -> PromptSe
   Raises:
     ValueError: no such set, no such wrapper, a malformed `set.json` or template.
   """
-  name = os.fspath(name)
+  name = os.path.expanduser(os.fspath(name))
   if not os.path.isdir(name) and name.count(':') == 1:
     return _of_module(*name.split(':'))
   return _load(name, wrapper, rule)
