@@ -278,6 +278,7 @@ def test_oversized_jobs_are_answered(executor):
     ({'min_isolation': 'best'}, 'full'),
     ({'layers': ('moat',)}, 'moat'),
     ({'modules': 'math'}, 'a tuple of names'),
+    ({'cores': [0, 99999]}, 'cores=\[0, 99999\] must be numbers'),
     ({'score_timeout_s': 0}, 'score_timeout_s'),
     ({'cache_size': -1}, 'cache_size'),
   ],

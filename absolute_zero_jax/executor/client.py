@@ -148,6 +148,10 @@ def _check_options(o: dict) -> None:
   unknown = set(o['layers']) - set(_LAYERS)
   if unknown:
     raise ValueError(f'layers={sorted(unknown)} are unknown; there are {list(_LAYERS)}.')
+  cores = range(os.cpu_count() or 1)
+  if not set(o['cores']) <= set(cores):
+    raise ValueError(f'cores={list(o["cores"])} must be numbers of this machine\'s, 0 to '
+                     f'{len(cores) - 1}.')
   bounds = {'workers': (0, 1024), 'memory_mb': (64, 1 << 20), 'cache_size': (0, 1 << 24),
             'max_pending': (1, 1 << 24), 'max_pending_mb': (1, 1 << 16), 'nice': (0, 19),
             'per_worker': (1, 8), 'recycle_forks': (1, 1 << 30),
