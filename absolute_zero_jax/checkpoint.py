@@ -112,7 +112,7 @@ def claim(workdir: epath.PathLike, config: dict[str, Any], *, free: tuple[str, .
   Raises:
     CheckpointError: the workdir belongs to a run with another config.
   """
-  workdir = epath.Path(workdir)
+  workdir = metrics.absolute(workdir)
   path = workdir / 'config.json'
   workdir.mkdir(parents=True, exist_ok=True)
   if free is not None and not path.exists():

@@ -132,6 +132,8 @@ def test_a_relative_workdir_holds_checkpoints_too(tmp_path, monkeypatch):
   saver.save(1, {'w': jnp.ones(3)}, {'a': 1})
   saver.close()
   assert checkpoint.Checkpoints(tmp_path / 'run').restore_host(1)['a'] == 1
+  monkeypatch.setenv('HOME', str(tmp_path))
+  checkpoint.claim('~/run', {}, free=(), differences=config.differences)      # finds the run's own
 
 
 def test_a_step_that_is_not_there_is_not_called_damaged(tmp_path):

@@ -278,7 +278,7 @@ def test_oversized_jobs_are_answered(executor):
     ({'min_isolation': 'best'}, 'full'),
     ({'layers': ('moat',)}, 'moat'),
     ({'modules': 'math'}, 'a tuple of names'),
-    ({'cores': [0, 99999]}, 'cores=\[0, 99999\] must be numbers'),
+    ({'cores': [0, 99999]}, r'cores=\[0, 99999\] must be numbers'),
     ({'score_timeout_s': 0}, 'score_timeout_s'),
     ({'cache_size': -1}, 'cache_size'),
   ],
@@ -288,9 +288,7 @@ def test_impossible_options_are_refused_before_anything_starts(options, message)
     Executor(**options)
 
 
-@pytest.mark.parametrize(
-  'job',
-  [
+@pytest.mark.parametrize('job', [
     Job('walk'),
     Job('run', timeout_s=-1.0),
     Job('run', timeout_s=1e9),
@@ -300,8 +298,7 @@ def test_impossible_options_are_refused_before_anything_starts(options, message)
     Job('compare', inputs=('1',), expected='1'),
     Job('compare', inputs=('1',)),
     Job('run', inputs=('1',), expected=('1', '2')),
-  ],
-)
+])
 def test_what_is_no_job_is_refused(executor, job):
   with pytest.raises(ValueError, match='Job'):
     executor.submit(job)
