@@ -167,7 +167,11 @@ def pass_at_k(r: Rollout, *, k: int = 2) -> np.ndarray:
   Source: Pass@k Training (arXiv:2508.10751), its analytical form, where rewards are 0 or 1 and
   A+ = (1 - R) / sqrt(R(1 - R)), A- = (1 - R - C(wrong - 1, k - 1) / C(n - 1, k - 1)) / the same,
   R = 1 - C(wrong, k) / C(n, k). Here for any scores, by the best of each set.
+
+  Raises ValueError for k below 1.
   """
+  if k < 1:
+    raise ValueError(f'k={k} answers make no set; allowed: 1 or more.')
   _, informative_B = _centre(r)
   score_B, (group_B, _) = _scores(r), _groups(r.prompt_B)
   value_B = np.zeros(len(score_B))

@@ -96,6 +96,8 @@ class Learner:
                micro_batch_tokens: int = 4096, length_buckets: Sequence[int] = (), chunk: int = 0):
     if old_logprobs not in OLD_LOGPROBS:
       raise ValueError(f'old_logprobs={old_logprobs!r} is unknown; allowed: {OLD_LOGPROBS}.')
+    if isinstance(algorithm, str):
+      raise ValueError(f'algorithm={algorithm!r} is a name; give reinforce.get({algorithm!r}).')
     if old_logprobs == 'auto' and epochs * mini_batches == 1 and not algorithm.needs_old:
       old_logprobs = 'current'
     if old_logprobs == 'current' and epochs * mini_batches > 1:

@@ -30,8 +30,12 @@ def write(workdir: epath.PathLike, history: History) -> str:
 
   Args:
     history: the rows of metrics.jsonl, row 0 too.
+
+  Raises ValueError for a run without rows, or without scores.
   """
   workdir = epath.Path(workdir)
+  if not history:
+    raise ValueError(f'{workdir} has logged nothing yet; play an iteration first.')
   parts = [gains(workdir, last=int(history[-1]['step'])), curves(history)]
   try:
     (workdir / PLOT).write_bytes(plot(history))

@@ -137,6 +137,8 @@ def test_pass_at_k_of_right_and_wrong_is_the_papers_formula():
   got = reinforce.get('trr_plus_plus', role_estimators=(('solve', 'pass_at_k'),), pass_k=k)
   np.testing.assert_allclose(got.advantages(r, ('solve',))[[0, -1], 0],
                              np.array(right_and_wrong) / math.sqrt(best * (1 - best)), rtol=1e-5)
+  with pytest.raises(ValueError, match='k=0'):
+    advantages.pass_at_k(r, k=0)
 
 
 @pytest.mark.parametrize('name', sorted(advantages.ESTIMATORS))

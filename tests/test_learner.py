@@ -313,6 +313,11 @@ def test_several_steps_per_batch_move_the_ratio(params):
     _update(params, rows, epochs=2)
 
 
+def test_the_name_of_an_algorithm_is_not_one():
+  with pytest.raises(ValueError, match=r"reinforce.get\('grpo'\)"):
+    learner.of_decoder(CONFIG, RECORD, 'grpo')
+
+
 def test_old_logprobs_are_recomputed_only_beyond_the_bound(params):
   rows = rows_lib.rows(9)
   def trainer(**options):

@@ -43,6 +43,8 @@ def test_gains_are_paired_and_end_where_the_run_ended(workdir):
   assert 'same/abduction sampled' in report.gains(workdir) and 'tokens' not in lines[2]
   with pytest.raises(ValueError, match='heldout.every_steps'):
     report.gains(workdir / 'nowhere')
+  with pytest.raises(ValueError, match='logged nothing'):
+    report.write(workdir, [])
 
 
 def test_curves_start_and_end_with_the_values():

@@ -218,6 +218,9 @@ def test_every_kind_has_prompts_from_its_own_seeds(name, chosen):
   assert 'return a' in proposal
   assert ('return a' in solving) == (name != 'induction' or chosen == 'compact')
   assert 'Hello world' in solving and '$' not in solving
+  if name == 'induction':
+    with pytest.raises(ValueError, match='there is none'):
+      kind.propose_prompt([], given)
 
 
 def test_get_passes_each_kind_its_own_options():

@@ -66,7 +66,12 @@ class Induction:
             or buffer.references((self.name,), rng, 1, strategy))
 
   def propose_prompt(self, references: Sequence[Task], prompts, variant: int = 0) -> str:
-    """Prompt for inputs and a message for the program of the one reference."""
+    """Prompt for inputs and a message for the program of the one reference.
+
+    Raises ValueError for no reference.
+    """
+    if not references:
+      raise ValueError('an induction is proposed for the program of a reference; there is none.')
     source = references[0]
     return prompts.render('propose', self.name, program=source.program, input=source.input,
                           cases=self.cases,
