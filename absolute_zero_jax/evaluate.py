@@ -12,6 +12,7 @@ items.jsonl, so that two models can be compared item by item (`compare`).
 from collections.abc import Callable, Sequence
 import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -78,20 +79,28 @@ def _loaded(c, tools, console) -> list[dict[str, Any]]:
   tokenizer = parts.tokenizer(c, source)
   tokenizer.check(model.vocab)
   sampler = parts.sampler(c, model, mesh, tokenizer)
-  return measure(c, tools._replace(tokenizer=tokenizer), sampler, params,
+  return measure(c, tools._replace(tokenizer=tokenizer), sampler, params, console=console,
                  say=lambda text: console.stamp(f'{c.model.name}: {text}'))
 
 
 def measure(c: config_lib.ConfigDict, tools: selfplay.Tools, sampler: sampler_lib.Sampler,
-            params: Any, *, say: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+            params: Any, *, console: metrics.Console | None = None,
+            say: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
   """The items of all parts and kinds that `c.heldout` asks for, answered by `params`.
 
   Draws from `heldout.seed` alone, so models scored alike meet the same tasks and the same noise.
+  `console` shows how far the answers are.
   """
+  console = console or metrics.Console(io.StringIO())
+
   def generate(requests, temperature, stop_fn, on_finish):
     key = jax.random.fold_in(jax.random.key(c.heldout.seed), round(1000 * temperature))
-    return sampler.generate(params, requests, key, temperature=temperature, stop_fn=stop_fn,
-                            on_finish=on_finish)
+    name = f'{part}, ' + ('samples' if temperature else 'greedy answers')
+    with console.bar(name, sum(r.samples for r in requests), 'seq') as bar:
+      return sampler.generate(params, requests, key, temperature=temperature, stop_fn=stop_fn,
+                              on_finish=on_finish,
+                              progress=lambda _, finished, __: bar.update(finished - bar.n))
+
   tools = tools._replace(kinds=parts.kinds(c, c.heldout.kinds))
   items = []
   for part in c.heldout.parts:

@@ -22,6 +22,8 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 import tqdm
 
+_LINE_S = 30.0      # between two lines of a bar that is piped
+
 
 class Mean:
   """Running means by name; non-finite values are counted under `NAME/nonfinite` instead."""
@@ -158,11 +160,30 @@ class Console:
     self.line(f'[{time.perf_counter() - self._start:6.1f}s] {text}')
 
   @contextlib.contextmanager
-  def bar(self, name: str, total: int, unit: str) -> Iterator['tqdm.tqdm']:
-    """A bar to `update(n)`; when piped it prints nothing, the caller's closing line stands."""
+  def bar(self, name: str, total: int, unit: str) -> Iterator['tqdm.tqdm | _Lines']:
+    """A bar to `update(n)`; when piped, a line every half minute."""
+    if not self._live:
+      yield _Lines(self, name, total)
+      return
     with tqdm.tqdm(total=total, desc=f'  {name}', unit=unit, leave=False, file=self._stream,
-                   disable=not self._live, dynamic_ncols=True) as bar:
+                   dynamic_ncols=True) as bar:
       yield bar
+
+
+class _Lines:
+  """What a bar is in a log: `n` of `total` is said from time to time."""
+
+  def __init__(self, console: Console, name: str, total: int):
+    self.n, self.total = 0, total
+    self._console, self._name = console, name
+    self._said = time.perf_counter()
+
+  def update(self, n: int = 1) -> None:
+    self.n += n
+    now = time.perf_counter()
+    if now - self._said >= _LINE_S:
+      self._said = now
+      self._console.stamp(f'{self._name}: {self.n} of {self.total}')
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

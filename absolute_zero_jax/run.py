@@ -200,7 +200,8 @@ class Run:
 
   def score(self) -> list[dict[str, Any]]:
     """The policy's items on the held-out programs, see `evaluate.measure`; changes nothing."""
-    return evaluate.measure(self.c, self.tools, self.sampler, self.policy())
+    return evaluate.measure(self.c, self.tools, self.sampler, self.policy(),
+                            console=self._console)
 
   def make_seeds(self, folder: epath.PathLike) -> dict[str, int]:
     """Lets the policy propose `seeding.tasks` seed tasks and writes them; tasks by file name.

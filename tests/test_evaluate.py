@@ -200,7 +200,8 @@ def test_self_play_refuses_programs_of_the_files_it_is_scored_on(tmp_path):
   assert evaluate.excludes(c)(mine) and not evaluate.excludes(c)(task(free.program))
 
 
-def test_the_command_scores_a_model_directory(tmp_path):
+def test_the_command_scores_a_model_directory(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics, '_LINE_S', 0.0)
   model = loading.random_config(
       'random:qwen2,vocab=600,embed=32,layers=1,heads=2,kv_heads=2,head_dim=16,ffn=64,tied=true')
   hf.save(model, decoder.init(model, jax.random.key(0)), tmp_path / 'model', tokenizer=TOKENS)
@@ -221,6 +222,9 @@ def test_the_command_scores_a_model_directory(tmp_path):
   assert json.loads((tmp_path / 'out' / 'results.json').read_text()) == results
   assert results['scores']['same/mean']['greedy'][0] == 0
   assert 'same/induction' in text.getvalue()
+  for said in ('same, greedy answers: 6 of 6', 'same, samples: 12 of 12',
+               'written, samples: 4 of 4'):
+    assert said in text.getvalue()
   items = [json.loads(x) for x in (tmp_path / 'out' / 'items.jsonl').read_text().splitlines()]
   # Of the file one deduction and one abduction; the other program does not fit the prompt.
   assert [i['part'] for i in items] == ['same'] * 6 + ['written'] * 2

@@ -61,6 +61,19 @@ def test_console_prints_plain_lines_when_piped():
   assert stream.getvalue() == 'done\n'
 
 
+def test_what_takes_long_says_how_far_it_is_when_piped(monkeypatch):
+  stream, now = io.StringIO(), [0.0]
+  monkeypatch.setattr(metrics.time, 'perf_counter', lambda: now[0])
+  with metrics.Console(stream).bar('decode', 10, 'tok') as bar:
+    for now[0] in (29.0, 31.0, 60.0, 61.5):
+      bar.update(2)
+    bar.total += 2
+    now[0] = 95.0
+    bar.update(1)
+  assert stream.getvalue().splitlines() == [
+      '[  31.0s] decode: 4 of 10', '[  61.5s] decode: 8 of 10', '[  95.0s] decode: 9 of 12']
+
+
 def test_a_workdir_may_be_text(tmp_path):
   writer = metrics.Writer(str(tmp_path), 1)
   writer.scalars(1, {'a': 2.0})
