@@ -303,7 +303,7 @@ def get_config() -> ConfigDict:
   # Held-out programs, drawn from a seed, never pre-trained on; see `evaluate`.
   c.heldout = ConfigDict()
   c.heldout.seed = 20261123
-  # Programs per part ('same': depth as in pre-training; 'deeper').
+  # Programs per part ('same': depth as in pre-training; 'deeper'); the first ones are the easier.
   c.heldout.count = 1000
   # Or the path of a .jsonl file in the format of CRUXEval, of which all is taken.
   c.heldout.parts = ('same', 'deeper')

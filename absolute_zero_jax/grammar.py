@@ -130,6 +130,8 @@ def example(rng: random.Random, depths: Sequence[int] = SHALLOW, *, cases: int =
 def test_set(seed: int, count: int, part: str = 'same', *, cases: int = 6) -> list[Example]:
   """`count` held-out programs with distinct keys: a pure function of the arguments.
 
+  Short programs are few, so they come early: the first of a set are easier than the rest.
+
   Raises:
     ValueError: `part` is none of `PARTS`.
   """
