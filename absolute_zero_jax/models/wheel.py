@@ -167,11 +167,10 @@ def _space(source: Source) -> int:
 def _size(folder: pathlib.Path) -> int:
   """Bytes of the largest file anywhere in `folder`: the wheel, once it has begun to arrive."""
   sizes = [0]
-  for path in folder.rglob('*'):
-    try:
-      sizes.append(path.stat().st_size)
-    except FileNotFoundError:              # pip has just moved it
-      pass
+  for place, _, names in os.walk(folder):  # unlike rglob, goes on when pip removes a folder
+    for name in names:
+      with contextlib.suppress(FileNotFoundError):         # pip has just moved it
+        sizes.append(os.stat(os.path.join(place, name)).st_size)
   return max(sizes)
 
 
