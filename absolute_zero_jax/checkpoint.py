@@ -6,7 +6,12 @@ directory and renames it, so a kill at any moment leaves the previous step whole
 be remote (`gs://...`). Format versions are checked before anything is used.
 """
 
+from collections.abc import Iterator
+import contextlib
+import errno
+import fcntl
 import json
+import os
 from typing import Any
 
 from etils import epath
@@ -100,6 +105,33 @@ def abstract_like(tree: Any) -> Any:
   """Shapes, dtypes and shardings of a tree of arrays, without the arrays."""
   return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), tree)
+
+
+@contextlib.contextmanager
+def owned(workdir: epath.PathLike) -> Iterator[None]:
+  """Keeps every other run out of a local `workdir` meanwhile, in this process and in others.
+
+  Of several hosts the first one holds it for all.
+
+  Raises:
+    CheckpointError: another run is in it.
+  """
+  workdir = metrics.absolute(workdir)
+  if '://' in str(workdir) or jax.process_index():
+    yield
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  handle = os.open(workdir, os.O_RDONLY)       # the lock ends with the process, however that ends
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:                       # other errors: a file system without locks
+      if e.errno == errno.EWOULDBLOCK:
+        raise CheckpointError(f'another run is going on in {workdir}; wait for it, end it, or use '
+                              'another --workdir.') from None
+    yield
+  finally:
+    os.close(handle)
 
 
 def claim(workdir: epath.PathLike, config: dict[str, Any], *, free: tuple[str, ...] | None,

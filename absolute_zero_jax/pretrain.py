@@ -62,6 +62,8 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   tx = optimizer.make_optimizer(steps=c.train.steps, **{
       k: v for k, v in c.optimizer.to_dict().items() if k not in ('clip_norm', 'accumulate_dtype')})
   with contextlib.ExitStack() as stack:
+    raise_lost = stack.enter_context(train_lib.interrupts())
+    stack.enter_context(checkpoint.owned(workdir))
     checkpoints = checkpoint.Checkpoints(workdir, keep=c.checkpoint.keep)
     stack.callback(checkpoints.close)
     latest = checkpoints.latest()
@@ -75,8 +77,11 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
                   f'parameters; {c.pretrain.batch} x {c.pretrain.line_tokens} tokens a step')
     writer = metrics.Writer(workdir, (latest or 0) + 1)
     stack.callback(writer.close)
-    update = compiled_step(model, tx, c)
+    compiled = compiled_step(model, tx, c)
 
+    def update(state, batch):
+      raise_lost()
+      return compiled(state, batch)
     def save(step, state):
       checkpoints.save(step, state, {'step': step})
       if c.checkpoint.export:

@@ -43,7 +43,8 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   parts.use_compilation_cache()
   parts.show_cpu_devices(c)
   with contextlib.ExitStack() as stack:
-    raise_lost = stack.enter_context(_interrupts())
+    raise_lost = stack.enter_context(interrupts())
+    stack.enter_context(checkpoint.owned(workdir))
     checkpoints = checkpoint.Checkpoints(workdir, keep=c.checkpoint.keep)
     stack.callback(checkpoints.close)
     latest = checkpoints.latest()
@@ -207,7 +208,7 @@ def _check_space(workdir, arrays) -> None:
 
 
 @contextlib.contextmanager
-def _interrupts():
+def interrupts():
   """SIGTERM (a preempted machine) ends the run like Ctrl-C: cleanly, with its children.
 
   Yields what raises an interrupt again that was lost: Python drops what a handler raises while the

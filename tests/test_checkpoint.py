@@ -3,6 +3,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from typing import NamedTuple
 
 from etils import epath
@@ -123,6 +125,33 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
   c.optimizer.learning_rate = 1.0
   with pytest.raises(checkpoint.CheckpointError, match='optimizer.learning_rate'):
     claim()
+
+
+def test_one_run_at_a_time_is_in_a_workdir(tmp_path):
+  with checkpoint.owned(tmp_path / 'run'):
+    with pytest.raises(checkpoint.CheckpointError, match='another run is going on in .*run'):
+      with checkpoint.owned(tmp_path / 'run'):
+        pass
+    with checkpoint.owned(tmp_path / 'other'):
+      pass
+  with checkpoint.owned(tmp_path / 'run'):
+    assert list((tmp_path / 'run').iterdir()) == []
+
+
+def test_a_killed_run_holds_its_workdir_no_longer(tmp_path):
+  code = ('import sys, time; from absolute_zero_jax import checkpoint\n'
+          'with checkpoint.owned(sys.argv[1]):\n  print("in", flush=True)\n  time.sleep(600)')
+  other = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE)
+  try:
+    assert other.stdout.readline() == b'in\n'
+    with pytest.raises(checkpoint.CheckpointError, match='another run'):
+      with checkpoint.owned(tmp_path):
+        pass
+  finally:
+    other.kill()
+    other.communicate()
+  with checkpoint.owned(tmp_path):
+    pass
 
 
 def test_a_relative_workdir_holds_checkpoints_too(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,31 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
   assert 'continues after step 8' in text.getvalue()
   same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), state, finished[1])
   assert all(jax.tree.leaves(same))
+
+
+class _Dropped:
+  """A signal that comes where Python drops what its handler raises."""
+
+  def __del__(self):
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_preempted_run_ends_after_the_step(tmp_path, monkeypatch):
+  made, steps = pretrain.compiled_step, []
+
+  def compiled_step(*args):
+    step = made(*args)
+    def one(state, batch):
+      steps.append(_Dropped())
+      steps[-1] = 1
+      return step(state, batch)
+    return one
+  monkeypatch.setattr(pretrain, 'compiled_step', compiled_step)
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(KeyboardInterrupt):
+    pretrain.run(_config(), tmp_path, stream=io.StringIO())
+  assert steps == [1] and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_export_loads_as_any_model_does(finished):

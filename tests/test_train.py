@@ -153,6 +153,13 @@ def test_a_first_try_that_failed_does_not_own_the_workdir(tmp_path):
   assert train.run(_config(1), tmp_path / 'run', stream=io.StringIO()).step == 1
 
 
+def test_a_workdir_in_use_is_refused_before_anything_is_written(tmp_path):
+  with checkpoint.owned(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match='another run is going on'):
+      train.run(_config(1), tmp_path, stream=io.StringIO())
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_named_before_the_write(uninterrupted, tmp_path, monkeypatch):
   usage = type('Usage', (), {'free': 1000})
   monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: usage)
