@@ -286,9 +286,9 @@ class Zygote:
         with open(f'/proc/{pid}/stat', 'rb') as f:
           if f.read(512).rpartition(b')')[2].split()[0] in b'TtZX':
             raise Lost('stopped')
-      except FileNotFoundError as e:
-        if os.path.isdir('/proc/self'):
-          raise Lost('gone') from e
+      except OSError:        # gone, or /proc is missing, or hides what may not be traced (hidepid)
+        if not _exists(pid):
+          raise Lost('gone') from None
 
   def kill(self) -> None:
     """Ends the process and everything it forked; its children's sockets are closed."""
@@ -299,3 +299,13 @@ class Zygote:
     # A second process, first of its PID namespace, dies with its parent, and its children with it.
     os.kill(self._pids[0], signal.SIGKILL)
     os.waitpid(self._pids[0], 0)
+
+
+def _exists(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    pass
+  return True
