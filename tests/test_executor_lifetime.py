@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the service lives and ends: restarts, lost processes, closing, and nothing left behind."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import time
 
 import pytest
 
-from absolute_zero_jax.executor import Executor, ExecutorError
+from absolute_zero_jax.executor import Executor, ExecutorError, workers
 from absolute_zero_jax.types import Job, Status
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -249,3 +250,45 @@ def test_numbers_of_a_closed_service_are_not_waited_for():
     pass
   start = time.monotonic()
   assert started.stats()['pending'] == 0 and time.monotonic() - start < 5
+
+
+def test_an_interrupt_in_the_middle_of_sending_costs_nothing_later():
+  """The supervisor is stopped, so that a long message is sent in part when the interrupt comes."""
+  body = 'def f(x):\n' + ''.join(f'  y{i} = {i}\n' for i in range(400)) + '  return x'
+  jobs = [Job('run', f'{body} + {i}', ('1',)) for i in range(640)]
+
+  def interrupt(*_):
+    raise KeyboardInterrupt
+
+  with Executor(workers=2) as started:
+    assert started.run([Job('run', 'def f(x):\n  return x', ('0',))])[0].status == 'ok'
+    stopped = _supervisor(started)
+    os.kill(stopped, signal.SIGSTOP)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+      signal.setitimer(signal.ITIMER_REAL, 0.2)
+      with pytest.raises(KeyboardInterrupt):
+        started.run(jobs)
+    finally:
+      signal.signal(signal.SIGALRM, before)
+    with contextlib.suppress(ProcessLookupError):        # it may have been replaced by now
+      os.kill(stopped, signal.SIGCONT)
+    again = started.submit(Job('run', 'def f(x):\n  return x', ('1',)), priority=9)
+    assert again.result(60).status == 'ok'
+
+
+@pytest.mark.parametrize('error', [FileNotFoundError, PermissionError, ProcessLookupError])
+def test_a_worker_that_proc_does_not_show_is_no_lost_one(error, monkeypatch):
+  """As under hidepid, or when it ends between opening and reading."""
+  def hidden(*_):
+    raise error
+  monkeypatch.setattr(workers, 'open', hidden, raising=False)
+  zygote = object.__new__(workers.Zygote)
+  zygote.asked_at, zygote.report = None, {}
+  zygote._pids = [os.getpid(), 1]            # 1 is another user's, or this test is root's
+  zygote.check(0.0, 1.0)
+  ended = subprocess.Popen([sys.executable, '-c', ''])
+  ended.wait()
+  zygote._pids = [ended.pid]
+  with pytest.raises(workers.Lost, match='gone'):
+    zygote.check(0.0, 1.0)

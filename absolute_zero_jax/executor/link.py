@@ -203,6 +203,9 @@ class Link:
       self._socket.sendall(message)
     except OSError:
       pass        # the reading thread sees the same end, and sends what is pending to the next one
+    except BaseException:
+      self._hang_up()      # half a message may be out, and the next would be read as its other half
+      raise
 
   def _read(self, inbox: wire.Inbox) -> None:
     while not self._closing:
