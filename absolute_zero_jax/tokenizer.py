@@ -47,7 +47,7 @@ def load(path: str | os.PathLike, *, plain_tags: Iterable[str] = PLAIN_TAGS,
   """
   if path == 'bytes':
     return byte_tokenizer(chat_template)
-  path = pathlib.Path(path).expanduser()
+  path = pathlib.Path(os.path.expanduser(path))
   if not path.exists():
     raise ValueError(f'There is no tokenizer at {path}. Name a directory with tokenizer.json or '
                      "tokenizer.model, a .gguf file, or 'bytes'; that of a model by name lies at "

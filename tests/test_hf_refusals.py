@@ -7,6 +7,8 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 from hf_folders import assert_equal_trees, make, named, write_with_library
 import jax
@@ -211,6 +213,19 @@ def test_an_interrupted_export_leaves_the_earlier_one(tmp_path, error):
     raise error
   assert [p.name for p in tmp_path.iterdir()] == ['out']
   assert json.loads((final / 'config.json').read_text()) == {'good': True}
+
+
+def test_the_next_export_removes_what_a_killed_one_left(tmp_path):
+  ended = subprocess.Popen([sys.executable, '-c', ''])
+  ended.wait()
+  left, going_on, other = (tmp_path / name for name in (
+      f'.out.part-{ended.pid}', f'.out.part-{os.getppid()}', f'.out2.part-{ended.pid}'))
+  for folder in (left, going_on, other):
+    folder.mkdir()
+    (folder / 'model.safetensors').write_bytes(b'half')
+  with directory.replacing(tmp_path / 'out', needed_bytes=1) as part:
+    directory.write_json(part / 'config.json', {})
+  assert sorted(tmp_path.iterdir()) == sorted([going_on, other, tmp_path / 'out'])
 
 
 def test_an_interrupt_between_the_renames_puts_the_earlier_export_back(tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def test_paths_are_used_as_they_are(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['', 'no/such/dir', './nothing', '/tmp/none', 'a.gguf', 'x/a.gguf',
-                                  'gpt2', '../up'])
+                                  'gpt2', '../up', '~nobody-of-that-name/m'])
 def test_names_that_are_nothing_are_refused(name):
   with pytest.raises(ValueError, match='does not exist here; allowed: a directory'):
     hub.resolve(name)

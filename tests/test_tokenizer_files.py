@@ -210,6 +210,8 @@ def test_mistakes_are_named(tmp_path, llama3_dir):
       (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
       tokenizer.load(tmp_path / name)
+  with pytest.raises(ValueError, match='There is no tokenizer'):
+    tokenizer.load('~nobody-of-that-name/m')
   (tmp_path / 'folder').mkdir()
   with pytest.raises(ValueError, match='neither tokenizer.json nor'):
     tokenizer.load(tmp_path / 'folder')

@@ -7,6 +7,7 @@
 from collections.abc import Iterator, Mapping
 import contextlib
 import errno
+import glob
 import json
 import os
 import pathlib
@@ -20,8 +21,9 @@ _OURS = ('.json', '.safetensors', '.jinja', '.model', '.txt')
 def replacing(path: str | os.PathLike, *, needed_bytes: int) -> Iterator[pathlib.Path]:
   """Yields an empty directory; when the block ends well it becomes `path`, replacing an export.
 
-  If the block fails or is interrupted, `path` is as before and the part directory is removed. A
-  process killed between the last two renames leaves the earlier export beside as `.name.old-PID`.
+  If the block fails or is interrupted, `path` is as before and the part directory is removed; that
+  of a killed process is removed by the next one. A process killed between the last two renames
+  leaves the earlier export beside as `.name.old-PID`.
 
   Raises:
     ValueError: `path` is a file, or a directory that is no earlier export.
@@ -35,7 +37,7 @@ def replacing(path: str | os.PathLike, *, needed_bytes: int) -> Iterator[pathlib
     free = shutil.disk_usage(final.parent).free
     if free < needed_bytes:
       raise OSError(errno.ENOSPC, f'{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free')
-    shutil.rmtree(part, ignore_errors=True)
+    _clear(final)
     part.mkdir()
     yield part
     for file in part.iterdir():
@@ -75,6 +77,24 @@ def _refuse_foreign(final: pathlib.Path) -> None:
   if foreign:
     raise ValueError(f'{final} holds {foreign[0]!r}, which no export wrote; give a new or empty '
                      'directory, or that of an earlier export, to export to')
+
+
+def _clear(final: pathlib.Path) -> None:
+  """Removes part directories of this process and of those that have ended."""
+  for part in final.parent.glob(f'.{glob.escape(final.name)}.part-*'):
+    pid = part.name.rpartition('-')[2]
+    if pid.isdecimal() and (int(pid) == os.getpid() or not _runs(int(pid))):
+      shutil.rmtree(part, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except (PermissionError, OverflowError):
+    pass
+  return True
 
 
 def _swap(part: pathlib.Path, final: pathlib.Path) -> None:

@@ -57,7 +57,7 @@ def resolve(name: str | os.PathLike) -> pathlib.Path:
   """
   if str(name).startswith('carried:'):
     return _carried(str(name).removeprefix('carried:'))
-  path = pathlib.Path(name or 'no name given').expanduser()
+  path = pathlib.Path(os.path.expanduser(name or 'no name given'))
   if path.is_dir() or (path.is_file() and path.suffix == '.gguf'):
     return path
   if path.is_file():
@@ -98,9 +98,9 @@ def _carried(name: str) -> pathlib.Path:
 def cache_home() -> pathlib.Path:
   """Where files from wheels and compiled programs are kept; asks the environment at each call."""
   if os.environ.get('AZJ_CACHE_DIR'):
-    return pathlib.Path(os.environ['AZJ_CACHE_DIR']).expanduser()
+    return pathlib.Path(os.path.expanduser(os.environ['AZJ_CACHE_DIR']))
   base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return pathlib.Path(base).expanduser() / 'absolute_zero_jax'
+  return pathlib.Path(os.path.expanduser(base)) / 'absolute_zero_jax'
 
 
 def _snapshot(hub_id: str) -> pathlib.Path | None:
