@@ -58,6 +58,10 @@ class Programs:
   prompt_sizes: tuple[int, ...]
   cache_sizes: tuple[int, ...]
   compiled: dict[tuple, Any] = dataclasses.field(default_factory=dict)
+  # Of decoding and prefill, in the order met. Apart from `compiled`, so that a process that goes on
+  # with a run chooses as the one before it would have.
+  shapes: dict[str, list[tuple]] = dataclasses.field(
+      default_factory=lambda: {'decode': [], 'prefill': []})
   stats: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
   def call(self, key: tuple, function: Callable, *args, donate: tuple[int, ...] = (),
@@ -68,12 +72,14 @@ class Programs:
       started = time.perf_counter()
       program = jax.jit(function, donate_argnums=donate).lower(*args).compile(options)
       self.compiled[key] = program
+      if key[1] not in self.shapes.get(key[0], (key[1],)):
+        self.shapes[key[0]].append(key[1])
       self.stats['compile_s'] += time.perf_counter() - started
     return program(*args)
 
   def shape(self, width: int, size: int) -> tuple[int, int]:
     """(width, size) itself, or once too many shapes are compiled, one of those that holds it."""
-    known = [key[1:] for key in self.compiled if key[0] == 'decode']
+    known = self.shapes['decode']
     if (width, size) in known or len(known) < self.most:
       return width, size
     fitting = [shape for shape in known if shape[0] >= width and shape[1] >= size]
@@ -88,7 +94,7 @@ class Programs:
     """
     exact = [(count, size)
              for count in schedule.batches(prompts, _PREFILL_TOKENS // size, padded)]
-    known = [key[1] for key in self.compiled if key[0] == 'prefill']
+    known = self.shapes['prefill']
     if len(known) < self.most or all((*shape, ahead) in known for shape in exact):
       return exact
     shapes = []
@@ -216,7 +222,7 @@ class Batch:
     program = functools.partial(decoding.decode, p.config, chunk=p.chunk, dtype=p.dtype,
                                 mesh=p.mesh, platform=self.platform)
     self.cache, chunk = p.call(
-        ('decode', len(self.slots), self.size), program, self.weights, self.cache,
+        ('decode', (len(self.slots), self.size)), program, self.weights, self.cache,
         np.int32(self.slot), decoding.Rows(*table), np.int32(steps), self.key, self.opts,
         self.allowed_V, self.stops_E, donate=(1,))
     chunk = jax.device_get(chunk)

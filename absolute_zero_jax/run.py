@@ -222,6 +222,7 @@ class Run:
     """What a checkpoint holds beside the arrays; JSON-able."""
     return {'step': self.step, 'prompts': self.prompts.hash, 'buffer': self.buffer.state(),
             'ahead': self._ahead and [dataclasses.asdict(row) for row in self._ahead[0]],
+            'shapes': self.sampler.shapes(),
             'python': '.'.join(map(str, sys.version_info[:2]))}
 
   def arrays(self) -> dict[str, Any]:
@@ -251,7 +252,9 @@ class Run:
     self.key = jax.random.wrap_key_data(np.asarray(arrays['key']))
     self.buffer = buffer_lib.TaskBuffer.from_state(host['buffer'])
     self.step = host['step']
-    # Checkpoints of earlier versions have no rows ahead.
+    # Checkpoints of earlier versions have no shapes, and no rows ahead.
+    if 'shapes' in host:
+      self.sampler.assume(host['shapes'])
     ahead = self.c.train.off_policy_steps and host.get('ahead')
     rows = [learner_lib.Row(**row) for row in ahead or ()]
     self._ahead = (rows, self._prepare(rows)) if rows else None

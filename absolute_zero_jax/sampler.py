@@ -177,6 +177,14 @@ class Sampler:
     """Programs compiled so far."""
     return len(self._programs.compiled)
 
+  def shapes(self) -> dict[str, list[tuple]]:
+    """The sizes of decoding and prefill met so far, which say what serves once there are many."""
+    return {name: list(met) for name, met in self._programs.shapes.items()}
+
+  def assume(self, shapes: dict[str, list[tuple]]) -> None:
+    """Goes on from the `shapes` of another sampler, which may have been through JSON."""
+    self._programs.shapes = {name: [tuple(shape) for shape in met] for name, met in shapes.items()}
+
   def stats(self) -> dict[str, float]:
     """Totals since construction: tokens, seconds by phase, and the share of slots in use.
 

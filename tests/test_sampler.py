@@ -2,6 +2,7 @@
 """The sampler against the decoder and transformers; and batching that no result shows."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def test_the_way_of_accelerators_draws_the_same(monkeypatch, platform, options):
   assert _ids(got) == _ids(want)
   for a, b in zip(sum(got, []), sum(want, [])):
     np.testing.assert_allclose(a.model_logprobs, b.model_logprobs, atol=2e-5)
-  widths = {key[1] for key in ours._programs.compiled if key[0] == 'decode'}
+  widths = {width for width, _ in ours.shapes()['decode']}
   assert (1 in widths or 2 in widths) == (not options)
 
 
@@ -230,8 +231,17 @@ def test_few_shapes_serve_all_lengths_once_the_cap_is_reached():
   assert _ids(ours.generate(_params(), requests, KEY)) == want
   small = [sampler.Request(_prompt(9, 9), max_new_tokens=9, stream=2)]
   assert _ids(ours.generate(_params(), small, KEY)) == want[2:]
-  decode = [key for key in ours._programs.compiled if key[0] == 'decode']
-  assert len(decode) <= 2                      # uncapped: 4
+  assert len(ours.shapes()['decode']) <= 2     # uncapped: 4
+
+
+def test_the_next_process_takes_the_shapes_that_this_one_would():
+  ours, other = _sampler(max_programs=1), _sampler(max_programs=1)
+  ours.generate(_params(), [sampler.Request(_prompt(90, 90), max_new_tokens=24)], KEY)
+  other.assume(json.loads(json.dumps(ours.shapes())))
+  small = [sampler.Request(_prompt(9, 9), max_new_tokens=9)]
+  want, got = (s.generate(_params(), small, KEY) for s in (ours, other))
+  assert got == want                           # log-probs too, to the bit
+  assert other.shapes() == ours.shapes()
 
 
 def test_prompts_and_prefixes_are_prefilled_once():
