@@ -157,7 +157,7 @@ def file_tasks(path: epath.PathLike, kinds: Sequence[str]) -> list[Task]:
     ValueError: the file is missing, a line is not of this format, or `kinds` leave nothing.
   """
   try:
-    lines = epath.Path(path).expanduser().read_text().splitlines()
+    lines = epath.Path(path).expanduser().read_text().split('\n')
     records = [json.loads(x) for x in lines if x.strip()]
     read = [(r['code'], r['input'], r['output']) for r in records]
     if not all(isinstance(text, str) for texts in read for text in texts):

@@ -85,6 +85,10 @@ def test_programs_of_a_file_are_scored_as_they_stand(service, tmp_path, monkeypa
   assert all(i['greedy'] == 1 for i in items)
   items = _score(service, lambda task, n, t: ANSWER + '[1]', todo=todo, samples=0)
   assert not any(i['greedy'] for i in items)
+  record = {'code': 'def f(x):\n    return "\u2028\x85"', 'input': '1',
+            'output': repr('\u2028\x85')}
+  path.write_text(json.dumps(record, ensure_ascii=False))
+  assert evaluate.file_tasks(path, KINDS)[0].program == record['code']
   path.write_text('{"code": "def f(): pass"}')
   with pytest.raises(ValueError, match="'input'"):
     evaluate.file_tasks(path, KINDS)
