@@ -179,5 +179,15 @@ def _resume_hint(workdir: str, again: bool) -> str:
           f'{"; the same command continues there" if again else ""}.')
 
 
+def _leave(status: int):
+  """Ends the process: after an interrupt at once, since orbax's threads may wait for minutes."""
+  if status == 130:
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):           # a closed pipe
+        stream.flush()
+    os._exit(status)
+  sys.exit(status)
+
+
 if __name__ == '__main__':
-  sys.exit(main())
+  _leave(main())

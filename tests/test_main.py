@@ -53,6 +53,15 @@ def test_help_and_dry_run_import_no_jax():
     assert words in out.stdout
 
 
+def test_an_interrupted_process_waits_for_no_thread():
+  code = ('import threading, time; from absolute_zero_jax import main\n'
+          'threading.Thread(target=time.sleep, args=(600,)).start()\n'
+          'print("bye")\nmain._leave(130)')
+  out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+                       timeout=60)
+  assert (out.returncode, out.stdout) == (130, 'bye\n')
+
+
 def test_an_error_of_the_users_own_code_says_where(tmp_path, monkeypatch, capsys):
   (tmp_path / 'mine_raises.py').write_text(
       'def reward(**fields):\n  raise ValueError("not mine")\n')
