@@ -206,6 +206,10 @@ ESTIMATORS: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
+# These compare the answers to one prompt: one that is alone learns nothing.
+AMONG_ANSWERS = frozenset(ESTIMATORS) - {'trr_plus_plus', 'reinforce_plus_plus'}
+
+
 # --- aggregations
 
 

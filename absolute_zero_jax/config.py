@@ -176,7 +176,7 @@ def get_config() -> ConfigDict:
   c.executor.options = ConfigDict()   # passed to it; its own docstring says what exists
   # Weakest fence accepted: 'full', 'standard' or 'weak'. See docs/executor.md.
   c.executor.min_isolation = 'standard'
-  c.executor.workers = 0              # 0 = by the number of cores
+  c.executor.workers = 0              # an even number; 0 = by the number of cores
   c.executor.validate_timeout_s = 2.0
   c.executor.score_timeout_s = 4.0
   c.executor.memory_mb = 512
@@ -203,7 +203,9 @@ def get_config() -> ConfigDict:
   c.reward.combine = 'sum'
 
   c.algorithm = ConfigDict()
-  # A key of `reinforce.ALGORITHMS` or 'module:name'.
+  # A key of `reinforce.ALGORITHMS` or 'module:name'. All but 'trr_plus_plus' and
+  # 'reinforce_plus_plus' compare the answers to one prompt: solvers need several (selfplay.mc_use
+  # or solve_samples), and proposers an estimator of their own.
   c.algorithm.name = 'trr_plus_plus'
   # Other estimators for single roles, e.g. {'solve': 'rloo'}.
   c.algorithm.role_estimators = ConfigDict()

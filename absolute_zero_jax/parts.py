@@ -13,8 +13,16 @@ import warnings
 import jax
 import jax.numpy as jnp
 
+from absolute_zero_jax import (
+  advantages,
+  config_checks,
+  controls,
+  lora,
+  reinforce,
+  sharding,
+  tasks,
+)
 from absolute_zero_jax import config as config_lib
-from absolute_zero_jax import controls, lora, reinforce, sharding, tasks
 from absolute_zero_jax import executor as executor_lib
 from absolute_zero_jax import learner as learner_lib
 from absolute_zero_jax import rewards as rewards_lib
@@ -77,8 +85,16 @@ def kinds(c: ConfigDict, names: Sequence[str] = ()) -> list[tasks.Kind]:
   except TypeError as e:
     raise config_lib.ConfigError(f'selfplay.kind_options: {e}; the fields are those of tasks.Rules '
                                  'and tasks.composite.Schedule.') from e
-  return [tasks.get(name, cases=c.selfplay.induction_cases, score=c.reward.induction, **options)
-          for name in names]
+  except ValueError as e:
+    raise config_lib.ConfigError(f'selfplay.kind_options.{e}') from e
+
+  def get(name):
+    try:
+      return tasks.get(name, cases=c.selfplay.induction_cases, score=c.reward.induction, **options)
+    except ValueError as e:
+      hint = config_checks.did_you_mean(name, tasks.KINDS)
+      raise config_lib.ConfigError(f'selfplay.kinds, kind_options: {e}{hint}') from e
+  return [get(name) for name in names]
 
 
 def _section(options, name, owner):
@@ -127,6 +143,16 @@ def algorithm(c: ConfigDict) -> Any:
   groups = c.selfplay.mc_use != 'measure' or c.selfplay.solve_samples > 1
   if groups and c.algorithm.name == 'trr_plus_plus':
     estimators = {'solve': 'trr_prompt'} | estimators
+  for role, played, several, change in (
+      ('solve', True, groups, "selfplay.mc_use='reuse' or 'train', or selfplay.solve_samples"),
+      ('propose', c.selfplay.train_propose, False, 'selfplay.train_propose=False')):
+    name = estimators.get(role, c.algorithm.name)
+    if played and not several and name in advantages.AMONG_ANSWERS:
+      field = 'name' if role not in estimators else f'role_estimators.{role}'
+      raise config_lib.ConfigError(
+          f'algorithm.{field}={name!r} compares the answers to one prompt, and here each prompt to '
+          f'{role} gets one, so that nothing would be learnt: set {change}, or '
+          f"algorithm.role_estimators={{'{role}': 'trr_plus_plus'}}.")
   return _made(
       'algorithm.name', c.algorithm.name, functools.partial(reinforce.get, c.algorithm.name),
       ('advantages', 'weights', 'loss', 'needs_old', 'needs_reference'),
@@ -169,7 +195,11 @@ def optimizer(c: ConfigDict) -> Any:
   fields = {k: v for k, v in c.optimizer.to_dict().items()
             if k not in ('clip_norm', 'accumulate_dtype')}
   steps = c.train.steps * c.selfplay.updates * c.algorithm.epochs * c.algorithm.mini_batches
-  return learner_lib.make_optimizer(steps=steps, **fields)
+  try:
+    return learner_lib.make_optimizer(steps=steps, **fields)
+  except ValueError as e:
+    raise config_lib.ConfigError(f'optimizer: {e} It makes {steps} steps here: train.steps times '
+                                 'the updates of an iteration.') from e
 
 
 def learner(c: ConfigDict, model: Any, mesh: Any, algorithm: Any, optimizer: Any,
@@ -202,7 +232,10 @@ def mesh(c: ConfigDict) -> Any:
         f"{devices[0].platform.upper()} devices; 'xla' works on any.")
   if _cpu_devices(c) and devices[0].platform == 'cpu':
     devices = devices[:math.prod(size for size in sizes.values() if size != -1)]
-  return sharding.make_mesh(**sizes, devices=devices)
+  try:
+    return sharding.make_mesh(**sizes, devices=devices)
+  except ValueError as e:
+    raise config_lib.ConfigError(f'config.{e}') from e
 
 
 def _cpu_devices(c):

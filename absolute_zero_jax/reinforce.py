@@ -239,21 +239,22 @@ _WHITENING = ('trr_plus_plus', 'trr_prompt', 'reinforce_plus_plus',
 def get(name: str, **fields: Any) -> Any:
   """The algorithm called `name`: a key of `ALGORITHMS`, or 'module:function' of your own.
 
-  `fields` override what the name stands for; '' and None keep it. Raises ValueError for a name that
-  is neither, or a value that cannot work.
+  `fields` override what a name of `ALGORITHMS` stands for; '' and None keep it. A function of your
+  own is called with all of them. Raises ValueError for a name that is neither, or a value that
+  cannot work.
   """
-  fields = {k: v for k, v in fields.items() if v is not None and v != ''}
   if name in ALGORITHMS:
-    return ALGORITHMS[name](**fields)
+    return ALGORITHMS[name](**{k: v for k, v in fields.items() if v is not None and v != ''})
   module, colon, attribute = name.partition(':')
   if not colon:
     raise ValueError(f'algorithm.name={name!r} is unknown; allowed: '
                      f"{', '.join(sorted(ALGORITHMS))}, or your own as 'module:name'.")
   try:
-    return getattr(importlib.import_module(module), attribute)(**fields)
+    make = getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as e:
     raise ValueError(f'algorithm.name={name!r} cannot be loaded ({e}); is its folder on '
                      'PYTHONPATH, and the name after the colon defined there?') from e
+  return make(**fields)
 
 
 def take(r: Rollout, member_B: np.ndarray) -> Rollout:
@@ -265,11 +266,11 @@ def take(r: Rollout, member_B: np.ndarray) -> Rollout:
 def _check(a: Algorithm) -> None:
   def refuse(field, allowed):
     raise ValueError(f'algorithm.{field}={getattr(a, field)!r} cannot work; allowed: {allowed}.')
-  names = [a.estimator, *(e for _, e in a.role_estimators)]
-  for name in names:
+  named = {'estimator': a.estimator} | {f'role_estimators.{r}': e for r, e in a.role_estimators}
+  for field, name in named.items():
     if isinstance(name, str) and name not in ESTIMATORS:
-      raise ValueError(f'estimator {name!r} is unknown; allowed: {", ".join(sorted(ESTIMATORS))}, '
-                       'or a function of a Rollout.')
+      raise ValueError(f'algorithm.{field}={name!r} is unknown; allowed: '
+                       f'{", ".join(sorted(ESTIMATORS))}, or a function of a Rollout.')
   if a.aggregation and a.aggregation not in AGGREGATIONS:
     refuse('aggregation', ', '.join(AGGREGATIONS))
   if a.aggregation == 'constant' and a.aggregation_tokens < 1:

@@ -56,6 +56,38 @@ def test_an_object_of_ones_own_is_checked_when_it_is_made(section, lacks):
     make(_config(**{f'{section}__name': f'{__name__}:RANDOM'}))
 
 
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'algorithm__name': 'grpo'}, "algorithm.name='grpo' .*to solve gets one.*mc_use='reuse'"),
+    ({'algorithm__name': 'grpo', 'selfplay__mc_use': 'reuse'},
+     "algorithm.name='grpo' .*to propose gets one.*{'propose': 'trr_plus_plus'}"),
+    ({'algorithm__role_estimators': {'propose': 'rloo'}}, 'algorithm.role_estimators.propose=')])
+def test_comparing_one_answer_with_itself_is_refused(changes, words):
+  with pytest.raises(config.ConfigError, match=words):
+    parts.algorithm(_config(**changes))
+
+
+@pytest.mark.parametrize('changes', [
+    {'algorithm__name': 'grpo', 'selfplay__solve_samples': 4, 'selfplay__train_propose': False},
+    {'algorithm__name': 'rloo', 'selfplay__mc_use': 'train',
+     'algorithm__role_estimators': {'propose': 'reinforce_plus_plus'}}])
+def test_comparing_several_answers_is_not(changes):
+  assert parts.algorithm(_config(**changes)).estimator == changes['algorithm__name']
+
+
+@pytest.mark.parametrize(('make', 'changes', 'words'), [
+    (parts.kinds, {'selfplay__kinds': ('deductoin',)}, "selfplay.kinds.*mean 'deduction'"),
+    (parts.kinds, {'selfplay__kind_options': {'rules': {'clean': ('xyz',)}}},
+     'selfplay.kind_options.rules.clean'),
+    (parts.kinds, {'selfplay__kind_options': {'composites': {'chance': 5.0}}},
+     'selfplay.kind_options.composites.chance=5.0 must be 0 to 1'),
+    (parts.optimizer, {'optimizer__schedule': 'cosine', 'optimizer__warmup_steps': 900},
+     'optimizer: .*warmup_steps=900.*500 steps here: train.steps'),
+    (parts.mesh, {'mesh__data': 77}, 'mesh data=77')])
+def test_errors_name_the_field(make, changes, words):
+  with pytest.raises(config.ConfigError, match=words):
+    make(_config(**changes))
+
+
 class Odd(rewards.Rewards):
   """Gives what `RESULT` holds."""
 

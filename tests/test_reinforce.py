@@ -158,6 +158,21 @@ def test_an_algorithm_of_the_users_own_is_named_in_the_config():
   assert a.clip_low == 0.1
 
 
+def needs_all(whiten_by, aggregation, clip_low):
+  return reinforce.Algorithm(whiten_by=whiten_by, aggregation=aggregation, clip_low=clip_low)
+
+
+def broken(**fields):
+  return np.no_such_thing
+
+
+def test_a_function_of_the_users_own_gets_every_field_and_keeps_its_errors():
+  a = reinforce.get(f'{__name__}:needs_all', whiten_by='', aggregation='', clip_low=0.1)
+  assert (a.whiten_by, a.clip_low) == ('', 0.1)
+  with pytest.raises(AttributeError, match='no_such_thing'):
+    reinforce.get(f'{__name__}:broken')
+
+
 @pytest.mark.parametrize('fields, match', [
     ({'name': 'gprpo'}, 'algorithm.name=.*allowed: dr_grpo'),
     ({'name': 'no_such_module:x'}, 'PYTHONPATH'),
@@ -170,7 +185,8 @@ def test_an_algorithm_of_the_users_own_is_named_in_the_config():
     ({'name': 'grpo', 'importance_cap': 0.5}, 'importance_cap'),
     ({'name': 'grpo', 'pass_k': 0}, 'pass_k=0'),
     ({'name': 'trr_plus_plus', 'whiten_by': 'kind'}, 'whiten_by'),
-    ({'name': 'trr_plus_plus', 'role_estimators': (('solve', 'gae'),)}, "'gae' is unknown"),
+    ({'name': 'trr_plus_plus', 'role_estimators': (('solve', 'gae'),)},
+     "algorithm.role_estimators.solve='gae' is unknown"),
 ])
 def test_impossible_values_are_refused_by_name(fields, match):
   with pytest.raises(ValueError, match=match):

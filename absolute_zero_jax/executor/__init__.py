@@ -43,11 +43,11 @@ def start(name: str = 'local', **options: Any) -> Any:
   target = EXECUTORS.get(name, name)
   module, _, attribute = target.partition(':')
   if not attribute:
-    raise ValueError(f"executor={name!r} must be one of {sorted(EXECUTORS)} or 'module:name'.")
+    raise ValueError(f"executor.name={name!r} must be one of {sorted(EXECUTORS)} or 'module:name'.")
   try:
     factory = getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as e:
-    raise ValueError(f'executor={name!r} cannot be imported: {e}.') from e
+    raise ValueError(f'executor.name={name!r} cannot be imported: {e}.') from e
   return factory(**options)
 
 

@@ -8,6 +8,7 @@ prompt shows them, the answer must call each, and the stored program holds them 
 import ast
 from collections.abc import Sequence
 import dataclasses
+import math
 
 from absolute_zero_jax.tasks import program, text
 from absolute_zero_jax.types import Task
@@ -38,6 +39,13 @@ class Schedule:
   chance: float = 0.0
   chance_growth: float = 0.01
   chance_limit: float = 0.8
+
+  def __post_init__(self):
+    for name, value in vars(self).items():
+      most = 1 if name.startswith('chance') else math.inf
+      if not 0 <= value <= most:
+        raise ValueError(f'composites.{name}={value!r} must be 0 '
+                         + (f'to {most}.' if most == 1 else 'or more.'))
 
   def at(self, step: int) -> tuple[int, float]:
     """(largest count, chance) at a step; a function of the step alone, so resuming is safe."""
