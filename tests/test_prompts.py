@@ -272,6 +272,21 @@ def test_a_malformed_set_is_refused(tmp_path):
     prompts.load(str(folder))
 
 
+@pytest.mark.parametrize(('settings', 'words'), [
+    ({'wraper': 'answer'}, 'wraper.* unknown; allowed: .*wrapper'),
+    ({'base': 'nosuch'}, "base='nosuch' must be one of"),
+    ({'formats': {'solv_deduction': {}}}, "'solv_deduction' must be propose_KIND or solve_KIND"),
+    ({'formats': {'solve_deduction': {'aftr': 'x'}}}, 'solve_deduction: .*aftr.*after'),
+    ({'formats': {'solve_deduction': {'stops': '</answer>'}}}, 'must be a list of texts'),
+    ({'formats': {'solve_deduction': {'stops': ['']}}}, 'must be a list of texts')])
+def test_settings_that_would_do_nothing_or_harm_are_refused(tmp_path, settings, words):
+  folder = _copy(tmp_path)
+  old = json.loads((folder / 'set.json').read_text())
+  (folder / 'set.json').write_text(json.dumps(old | settings))
+  with pytest.raises(ValueError, match=words):
+    prompts.load(folder)
+
+
 def test_a_missing_folder_is_refused_as_path_too(tmp_path):
   with pytest.raises(ValueError, match='is neither one of .* nor a folder'):
     prompts.load(tmp_path / 'none')

@@ -43,6 +43,7 @@ from absolute_zero_jax.types import Role, Task
 
 BUILT_IN = pathlib.Path(__file__).with_name('prompts')
 MARK = '<|response|>'
+_SETTINGS = ('version', 'wrapper', 'rule', 'boxed_retry', 'examples', 'base', 'formats')
 WRAPPERS_WITH_TAGS = ('answer', 'boxed')
 
 
@@ -249,10 +250,12 @@ def _load(name: str, wrapper: str, rule: str) -> PromptSet:
   built_in = sorted(p.name for p in BUILT_IN.iterdir() if (p / 'set.json').is_file())
   folder = BUILT_IN / name if name in built_in else pathlib.Path(name)
   if not (folder / 'set.json').is_file():
-    raise ValueError(f'prompts={name!r} is neither one of {built_in} nor a folder with set.json.')
+    raise ValueError(f'selfplay.prompts={name!r} is neither one of {built_in} nor a folder with '
+                     'set.json.')
   raw = _texts(folder)
   try:
     settings = json.loads(raw['set.json'])
+    _check_settings(settings, built_in)
     if 'base' in settings:
       below = _texts(BUILT_IN / settings['base'])
       settings = json.loads(below['set.json']) | settings
@@ -282,6 +285,24 @@ def _load(name: str, wrapper: str, rule: str) -> PromptSet:
   digest = hashlib.sha256(json.dumps([wrapper, rule, sorted(raw.items())]).encode()).hexdigest()
   return PromptSet(folder.name, version, digest, wrapper, rule, shown, formats, files, examples,
                    bool(settings.get('boxed_retry')))
+
+
+def _check_settings(settings: dict, built_in: Sequence[str]) -> None:
+  """Raises ValueError for names that mean nothing: they would be passed over in silence."""
+  def refuse(where, names, known):
+    unknown = set(names) - set(known)
+    if unknown:
+      raise ValueError(f'{where}{sorted(unknown)} unknown; allowed: {sorted(known)}')
+  refuse('', settings, _SETTINGS)
+  if settings.get('base', 'tiny') not in built_in:
+    raise ValueError(f'base={settings["base"]!r} must be one of {built_in}')
+  for page, values in settings.get('formats', {}).items():
+    if not page.startswith(('propose_', 'solve_')):
+      raise ValueError(f'formats: {page!r} must be propose_KIND or solve_KIND')
+    refuse(f'formats.{page}: ', values, ('stops', 'opening', 'closing', 'after'))
+    stops = values.get('stops', [])
+    if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
+      raise ValueError(f'formats.{page}: stops={stops!r} must be a list of texts')
 
 
 def check(prompts: PromptSet, kinds: Sequence[Any], *, references: int = 1, propose: bool = True,
