@@ -79,6 +79,8 @@ def _check_together(c: ConfigDict) -> None:
   if c.selfplay.train_propose and c.roles.propose == 'base':
     raise ConfigError("roles.propose='base' plays the frozen weights, which cannot be trained: "
                       'set selfplay.train_propose=False.')
+  if c.executor.name == 'local':
+    _check_local(c.executor)
   others = set(c.selfplay.kinds) - {'abduction', 'deduction', 'induction'}
   if c.command == 'seed' and others:
     raise ConfigError("command='seed': seed files hold tasks of abduction, deduction and "
@@ -119,6 +121,15 @@ def _check_together(c: ConfigDict) -> None:
                         'estimator.')
   if c.roles.solve == 'base':
     raise ConfigError("roles.solve='base' would leave nothing to train; allowed: 'policy'.")
+
+
+def _check_local(executor: ConfigDict) -> None:
+  if executor.workers % 2 or executor.workers > 1024:
+    raise ConfigError(f'executor.workers={executor.workers} must be even, since half of them have '
+                      'another hash seed, and at most 1024; 0 goes by the cores.')
+  for name in ('validate_timeout_s', 'score_timeout_s'):
+    if not 0.01 <= executor[name] <= 60:
+      raise ConfigError(f'executor.{name}={executor[name]} must be 0.01 to 60 seconds.')
 
 
 def _check_key(section: str, key: Any, allowed: Sequence[str], what: str) -> None:

@@ -97,6 +97,9 @@ def test_an_unknown_field_is_named_with_what_is_allowed():
     ({'selfplay.kind_batch': {'induktion': 4}}, "no kind that is played.*mean 'induction'"),
     ({'selfplay.kind_batch': {'induction': 0}}, 'kind_batch.induction=0 must be'),
     ({'pretrain.guess_steps': (5, 3)}, 'pretrain.guess_steps.*ascending'),
+    ({'executor.workers': 3}, 'executor.workers=3 must be even'),
+    ({'executor.workers': 2000}, 'executor.workers=2000 .*at most 1024'),
+    ({'executor.score_timeout_s': 100.0}, 'executor.score_timeout_s=100.0 must be 0.01 to 60'),
 ])
 def test_fields_that_contradict_each_other_are_refused(change, words):
   c = config.get_config()

@@ -271,6 +271,7 @@ def test_oversized_jobs_are_answered(executor):
   'options, message',
   [
     ({'workers': 3}, 'even'),
+    ({'modules': ('numpy', 'math')}, r"\['numpy'\] are none of the standard library"),
     ({'workers': -2}, 'workers'),
     ({'workers': 2.0}, 'workers=2.0 must be an integer'),
     ({'memory_mb': 1}, 'memory_mb'),

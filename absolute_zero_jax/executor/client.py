@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import concurrent.futures
 import dataclasses
 import os
+import sys
 import weakref
 
 from absolute_zero_jax.executor import fence, link, literals, policy, values
@@ -148,6 +149,10 @@ def _check_options(o: dict) -> None:
   unknown = set(o['layers']) - set(_LAYERS)
   if unknown:
     raise ValueError(f'layers={sorted(unknown)} are unknown; there are {list(_LAYERS)}.')
+  unknown = set(o['modules'] or ()) - set(sys.stdlib_module_names)
+  if unknown:
+    raise ValueError(f'modules={sorted(unknown)} are none of the standard library, which is all '
+                     'that programs may import.')
   cores = range(os.cpu_count() or 1)
   if not set(o['cores']) <= set(cores):
     raise ValueError(f'cores={list(o["cores"])} must be numbers of this machine\'s, 0 to '
