@@ -134,6 +134,12 @@ def owned(workdir: epath.PathLike) -> Iterator[None]:
     os.close(handle)
 
 
+def _at(config: dict[str, Any], field: str) -> str:
+  for name in field.split('.'):
+    config = config.get(name, 'not set') if isinstance(config, dict) else 'not set'
+  return f'{config!r:.60}'
+
+
 def claim(workdir: epath.PathLike, config: dict[str, Any], *, free: tuple[str, ...] | None,
           differences) -> None:
   """Writes `workdir/config.json`, or checks that the run found there is the same one.
@@ -158,7 +164,8 @@ def claim(workdir: epath.PathLike, config: dict[str, Any], *, free: tuple[str, .
     changed = [f for f in differences(found, config)
                if not any(f == x or f.startswith(x + '.') for x in free)]
     if changed:
-      raise CheckpointError(
-          f'{workdir} belongs to a run with another config: {", ".join(changed)} differ. '
-          'Use another --workdir, or set these fields back to continue that run.')
+      there = '; '.join(f'{field} is {_at(found, field)} there and {_at(config, field)} here'
+                        for field in changed)
+      raise CheckpointError(f'{workdir} belongs to a run with another config: {there}. Use another '
+                            '--workdir, or set these fields back to continue that run.')
   metrics.write_atomically(path, json.dumps(config, indent=1, sort_keys=True))

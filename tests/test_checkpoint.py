@@ -123,7 +123,8 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
   claim()
   assert json.loads((tmp_path / 'run' / 'config.json').read_text())['train']['steps'] == 9
   c.optimizer.learning_rate = 1.0
-  with pytest.raises(checkpoint.CheckpointError, match='optimizer.learning_rate'):
+  with pytest.raises(checkpoint.CheckpointError,
+                     match='optimizer.learning_rate is 1e-06 there and 1.0 here'):
     claim()
 
 
