@@ -332,6 +332,10 @@ def _checked_length(i: int, row: Row) -> int:
     if len(value) != n and not (name == 'mask' and not len(value)):
       raise ValueError(f'row {i} ({row.role} {row.kind}): {name} has {len(value)} entries for {n} '
                        'response tokens; give one each, the stop token included.')
+  if min(row.prompt_ids) < 0 or min(row.response_ids) < 0:
+    raise ValueError(f'row {i} ({row.role} {row.kind}) has a negative token id.')
+  if not np.all(np.isfinite(row.reward)):
+    raise ValueError(f'row {i} ({row.role} {row.kind}): reward={row.reward} must be finite.')
   if np.ndim(row.reward) and len(row.reward) != n:
     raise ValueError(f'row {i} ({row.role} {row.kind}): {len(row.reward)} rewards for {n} response '
                      'tokens; give one number for the whole response, or one each.')

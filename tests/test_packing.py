@@ -108,6 +108,8 @@ def test_buckets():
 
 
 @pytest.mark.parametrize('change, match', [
+    ({'reward': float('nan')}, 'reward=nan must be finite'),
+    ({'prompt_ids': [3, -5]}, 'negative token id'),
     ({'response_ids': []}, 'at least one'), ({'prompt_ids': []}, 'at least one'),
     ({'model_logprobs': [0.0]}, 'model_logprobs has 1 entries'),
     ({'reward': [1.0]}, '1 rewards'), ({'mask': (True,)}, 'mask has 1')])
