@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     with contextlib.suppress(ValueError):          # not the main thread
       signal.signal(signal.SIGINT, signal.SIG_IGN)   # what is left is to leave
-    print(f'\nInterrupted. {_resume_hint(workdir, again=True)}', file=sys.stderr)
+    hint = _resume_hint(workdir, again=True) or (
+        f'Nothing was saved yet (checkpoint.every_steps={c.checkpoint.every_steps}): the same '
+        'command begins anew.' if c.command in ('selfplay', 'pretrain') else '')
+    print(f'\nInterrupted. {hint}', file=sys.stderr)
     return 130
   except (ValueError, OSError, ImportError, ExecutorError) as e:
     # A truncated file, a wrong tokenizer, a full disk: the message says what and what to do.
@@ -160,7 +163,11 @@ def _fail(e: Exception, status: int, hint: str = '') -> int:
 def _place(e: Exception) -> str:
   """Where an error comes from that passed through a file of the user's own."""
   own = pathlib.Path(__file__).resolve().parent
-  for frame in reversed(traceback.extract_tb(e.__traceback__)):
+  frames = []
+  while e is not None:                   # what an error was raised from lies deeper
+    frames += traceback.extract_tb(e.__traceback__)
+    e = e.__cause__
+  for frame in reversed(frames):
     path = pathlib.Path(frame.filename).resolve()
     if path.is_file() and not path.is_relative_to(own) and not any(
         path.is_relative_to(place) for place in _LIBRARIES):
@@ -170,12 +177,15 @@ def _place(e: Exception) -> str:
 
 def _resume_hint(workdir: str, again: bool) -> str:
   folder = pathlib.Path(workdir) / 'checkpoints'
+  if '://' in workdir:
+    return f'{"The same command continues" if again else "Checkpoints are kept"} in {workdir}.'
   try:
-    if '://' not in workdir and not (folder.is_dir() and any(folder.iterdir())):
-      return ''
-  except OSError:                        # no name of a folder
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdecimal()]
+  except OSError:                        # none yet, or no name of a folder
+    steps = []
+  if not steps:
     return ''
-  return (f'Finished iterations are safe in {workdir}'
+  return (f'What was done up to step {max(steps)} is safe in {workdir}'
           f'{"; the same command continues there" if again else ""}.')
 
 

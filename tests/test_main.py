@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from absolute_zero_jax import config, main
+from absolute_zero_jax import config, main, parts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -62,6 +62,23 @@ def test_an_interrupted_process_waits_for_no_thread():
   assert (out.returncode, out.stdout) == (130, 'bye\n')
 
 
+def test_an_interrupt_says_what_is_saved(tmp_path, monkeypatch, capsys):
+  from absolute_zero_jax import train
+
+  def interrupted(*_):
+    raise KeyboardInterrupt
+  monkeypatch.setattr(train, 'run', interrupted)
+  argv = ['x', '--config', str(ROOT / 'configs/tiny.py'), '--workdir', str(tmp_path)]
+  monkeypatch.setattr(sys, 'argv', argv)
+  assert main.main(argv) == 130
+  assert ('Nothing was saved yet (checkpoint.every_steps=5): the same command begins anew'
+          in capsys.readouterr().err)
+  for step in ('5', '10', '15.orbax-checkpoint-tmp'):
+    (tmp_path / 'checkpoints' / step).mkdir(parents=True)
+  assert main.main(argv) == 130
+  assert f'up to step 10 is safe in {tmp_path}; the same' in capsys.readouterr().err
+
+
 def test_an_error_of_the_users_own_code_says_where(tmp_path, monkeypatch, capsys):
   (tmp_path / 'mine_raises.py').write_text(
       'def reward(**fields):\n  raise ValueError("not mine")\n')
@@ -72,6 +89,16 @@ def test_an_error_of_the_users_own_code_says_where(tmp_path, monkeypatch, capsys
   assert main.main(argv) == 1
   text = ' '.join(capsys.readouterr().err.split())
   assert 'not mine' in text and 'mine_raises.py:2; --traceback' in text
+
+
+def test_the_place_is_that_of_what_an_error_was_raised_from(tmp_path, monkeypatch):
+  (tmp_path / 'mine_adds.py').write_text('def reward(**fields):\n  return {} + fields\n')
+  monkeypatch.syspath_prepend(tmp_path)
+  c = config.get_config()
+  c.reward.name = 'mine_adds:reward'
+  with pytest.raises(config.ConfigError, match='unsupported operand') as error:
+    parts.rewards(c)
+  assert main._place(error.value) == '(mine_adds.py:2; --traceback shows more) '
 
 
 def test_every_command_of_the_config_has_its_module():
