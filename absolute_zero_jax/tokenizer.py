@@ -225,9 +225,10 @@ class Tokenizer:
 
     try:
       return self._template.render(
-          messages=list(messages), add_generation_prompt=add_generation_prompt,
+          messages=list(messages), tools=None, documents=None,
+          add_generation_prompt=add_generation_prompt,
           **{name: self._names.get(name, '') for name in tokenizer_spec.NAMES})
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:
       raise ValueError(f'The chat template of {self._origin} failed: {error}') from error
 
   def chat_ids(self, messages: Sequence[Mapping[str, str]], *,
@@ -243,7 +244,7 @@ class Tokenizer:
       for index, text in enumerate(hostile):
         message['content'] = message['content'].replace(text, f'{marker}{index}\ue002')
     first, *rest = self.chat(guarded, add_generation_prompt=add_generation_prompt).split(marker)
-    ids = self.encode(first, allow_special=True)
+    ids = self.encode(first, bos=False, allow_special=True)
     for part in rest:
       index, _, text = part.partition('\ue002')
       ids += self.encode(hostile[int(index)], bos=False)

@@ -36,13 +36,19 @@ def read(path: pathlib.Path) -> tokenizer_spec.Source:
   else:
     spec, names = tokenizer_spm.read(path)
     adds_bos = True
-  for file in ('special_tokens_map.json', 'tokenizer_config.json'):
+  order = ['tokenizer_config.json', 'special_tokens_map.json']
+  if 'added_tokens_decoder' in config:     # as transformers: in an older save the map overrules
+    order.reverse()
+  for file in order:
     for name, token in _read_json(folder, file).items():
       text = token.get('content') if isinstance(token, dict) else token
       if name in tokenizer_spec.NAMES and isinstance(text, str):
         names[name] = text
-  _add_tokens(spec, _declared_tokens(folder, config), names)
-  if isinstance(config.get('add_bos_token'), bool):
+  if first := _leading(spec):
+    names.setdefault('bos_token', first)
+  _add_tokens(spec, _declared_tokens(folder, config, spec), names)
+  # Of a tokenizer.json, what it says itself counts, as in transformers 5.
+  if path.suffix != '.json' and isinstance(config.get('add_bos_token'), bool):
     adds_bos = config['add_bos_token']
   return tokenizer_spec.Source(str(path), spec, names, adds_bos,
                                _chat_template(folder, config), _stops(folder))
@@ -61,11 +67,22 @@ def _read_json(folder: pathlib.Path | None, name: str) -> dict[str, Any]:
   return value
 
 
-def _declared_tokens(folder: pathlib.Path | None, config: dict[str, Any]) -> list[dict[str, Any]]:
+def _leading(spec: dict[str, Any]) -> str:
+  """The special token that the post-processor puts before a text; '' for none."""
+  whole = spec.get('post_processor') or {}
+  for step in whole.get('processors', [whole]):
+    if step.get('type') == 'TemplateProcessing' and step.get('single'):
+      return step['single'][0].get('SpecialToken', {}).get('id', '')
+  return ''
+
+
+def _declared_tokens(folder: pathlib.Path | None, config: dict[str, Any],
+                     spec: dict[str, Any]) -> list[dict[str, Any]]:
   """Tokens that the files beside the tokenizer add to it, as tokenizer.json entries."""
-  tokens = {}
+  tokens, own = {}, {token['content'] for token in spec.get('added_tokens') or []}
   for text, index in _read_json(folder, 'added_tokens.json').items():
-    tokens[text] = tokenizer_spec.added_token(int(index), text, special=False)
+    if text not in own:
+      tokens[text] = tokenizer_spec.added_token(int(index), text, special=False)
   for index, token in (config.get('added_tokens_decoder') or {}).items():
     entry = tokenizer_spec.added_token(int(index), token['content'], special=False)
     tokens[token['content']] = entry | {key: token[key] for key in entry if key in token}

@@ -5,6 +5,7 @@ import codecs
 import functools
 import json
 import random
+import shutil
 import sys
 import threading
 
@@ -284,6 +285,19 @@ def test_chats_are_those_of_transformers(name, request):
     assert ours.chat(CHAT, add_generation_prompt=add) == text
     ids = reference.encode(text, add_special_tokens=False)
     assert ours.chat_ids(CHAT, add_generation_prompt=add) == ids
+
+
+@pytest.mark.parametrize('template', [
+    "{% if tools is not none or documents is not none %}T{% endif %}{{ messages[0].content }}",
+    '{{ messages[0].content }}{{ eos_token }}'])
+def test_templates_see_what_transformers_shows_them(template, llama3_dir, tmp_path):
+  shutil.copytree(llama3_dir, tmp_path, dirs_exist_ok=True)
+  file = tmp_path / 'tokenizer_config.json'
+  file.write_text(json.dumps(json.loads(file.read_text()) | {'chat_template': template}))
+  reference = pytest.importorskip('transformers').AutoTokenizer.from_pretrained(tmp_path)
+  ours = tokenizer.load(tmp_path)
+  assert ours.chat(CHAT) == reference.apply_chat_template(CHAT, tokenize=False)
+  assert ours.chat_ids(CHAT) == reference.apply_chat_template(CHAT, return_dict=False)
 
 
 def test_a_message_cannot_end_its_own_turn(qwen_dir):

@@ -38,6 +38,43 @@ def test_saved_files_give_transformers_and_us_the_same_ids(loaded, tmp_path, mod
   assert (reference.bos_token_id, reference.eos_token_id) == (loaded.bos_id, loaded.eos_id)
 
 
+_CONFIG = dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<|begin_of_text|>',
+               eos_token='<|end_of_text|>')
+
+
+@pytest.mark.parametrize('case', [
+    'says no BOS', 'says BOS', 'no config', 'added_tokens', 'other end', 'other end, newer'])
+def test_what_stands_beside_a_tokenizer_counts_as_in_transformers(case, llama3_dir, tmp_path):
+  transformers = pytest.importorskip('transformers')
+  spec = json.loads((llama3_dir / 'tokenizer.json').read_text())
+  files = {'tokenizer_config': dict(_CONFIG)}
+  if case == 'says no BOS':
+    files['tokenizer_config']['add_bos_token'] = False
+  elif case == 'says BOS':
+    files['tokenizer_config']['add_bos_token'] = True
+    spec['post_processor'] = None
+  elif case == 'no config':
+    files = {}
+  elif case == 'added_tokens':                 # as version 4 of transformers left it
+    files['added_tokens'] = {t['content']: t['id'] for t in spec['added_tokens']}
+  else:
+    files['special_tokens_map'] = {'eos_token': '<|eot_id|>', 'bos_token': '<|begin_of_text|>'}
+    if 'newer' in case:
+      files['tokenizer_config']['added_tokens_decoder'] = {
+          str(t['id']): {k: v for k, v in t.items() if k != 'id'} for t in spec['added_tokens']}
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(spec))
+  for name, content in files.items():
+    write_json(tmp_path / f'{name}.json', **content)
+  special = {t['id'] for t in spec['added_tokens'] if t['special']}
+  ours, reference = tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+  for text in ('hello <|eot_id|> x', '', *CORPUS):
+    assert ours.encode(text, allow_special=True) == reference.encode(text)
+    assert not set(ours.encode(text, bos=False)) & special               # spelled, not obeyed
+  if files:
+    assert (ours.bos_id, ours.eos_id) == (reference.bos_token_id, reference.eos_token_id)
+    assert ours.special_ids >= set(reference.all_special_ids)
+
+
 def test_a_saved_qwen2_keeps_its_ids_where_transformers_builds_its_own_class(qwen_dir, tmp_path):
   transformers = pytest.importorskip('transformers')
   ours = tokenizer.load(qwen_dir)
