@@ -137,6 +137,15 @@ def test_linear_scaling(tmp_path):
   assert gguf.load(path)[0].rope_scaling == RopeScaling('linear', 4.0)
 
 
+@pytest.mark.parametrize(('extra', 'factor'), [
+    ({'llama.rope.scale_linear': 4.0}, 4.0), ({'llama.rope.scaling.factor': 4.0}, 4.0),
+    ({'llama.rope.scaling.type': 'none', 'llama.rope.scaling.factor': 4.0}, None),
+    ({'llama.rope.scaling.type': 'linear'}, None)])
+def test_linear_scaling_is_read_as_by_llama_cpp(tmp_path, extra, factor):
+  path = write(tmp_path / 'm.gguf', *make('random:llama'), extra=extra)
+  assert gguf.load(path)[0].rope_scaling == (factor and RopeScaling('linear', factor))
+
+
 def test_sharded_loading_and_stop_ids(tmp_path):
   config, tensors = make('random:llama,tied=false')
   path = write(tmp_path / 'm.gguf', config, tensors)

@@ -177,12 +177,14 @@ def _hf_rows(model: ModelConfig, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _rope_scaling(file: File, family: str, get, head_dim: int, theta: float):
-  kind = file.metadata.get(f'{family}.rope.scaling.type', 'none')
+  # The older key, and 'linear' where no type is named: as llama.cpp reads them.
+  factor = get('rope.scaling.factor', get('rope.scale_linear', 0)) or 1
+  kind = file.metadata.get(f'{family}.rope.scaling.type', 'linear')
   if kind not in ('none', 'linear'):
     raise ValueError(f'{file.path}: {family}.rope.scaling.type={kind!r} is not supported; '
                      'allowed: none, linear')
-  if kind == 'linear':
-    return RopeScaling('linear', float(get('rope.scaling.factor')))
+  if kind == 'linear' and factor != 1:
+    return RopeScaling('linear', float(factor))
   if _LLAMA3_FACTORS not in file.tensors:
     return None
   # Llama 3.1 and later: the file holds the divisors and not the four numbers they came from. The
