@@ -77,6 +77,11 @@ def test_two_spellings_of_rope_that_differ_are_refused():
   assert ModelConfig.from_hf(both) == ModelConfig.from_hf(LLAMA31_8B)
   with pytest.raises(ValueError, match='rope_scaling.*rope_parameters'):
     ModelConfig.from_hf(both | {'rope_scaling': {'type': 'linear', 'factor': 2.0}})
+  alone = {k: v for k, v in both.items() if k != 'rope_theta'}       # 10,000 by the older spelling
+  with pytest.raises(ValueError, match='rope_scaling.*rope_parameters'):
+    ModelConfig.from_hf(alone)
+  with pytest.raises(ValueError, match='original_max_position_embeddings=16.*8192'):
+    ModelConfig.from_hf(LLAMA31_8B | {'original_max_position_embeddings': 16})
 
 
 @pytest.mark.parametrize('name', ['Llama', 'Qwen2', 'Qwen3'])
@@ -113,6 +118,7 @@ REFUSED = [                              # change of a good config, field and va
     ({'model_type': None, 'architectures': ['GPT2LMHeadModel']}, 'architectures', 'GPT2'),
     ({'architectures': ['LlamaForSequenceClassification']}, 'architectures', 'Classification'),
     ({'hidden_act': 'gelu'}, 'hidden_act', 'gelu'),
+    ({'is_causal': False}, 'is_causal', 'False'),
     ({'attention_bias': True}, 'attention_bias', 'True'),
     ({'mlp_bias': True}, 'mlp_bias', 'True'),
     ({'num_local_experts': 8}, 'num_local_experts', '8'),

@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -85,6 +86,18 @@ def test_shards_with_an_index(tmp_path):
   for file in files:
     assert (tmp_path / 'out' / file).stat().st_size <= max(100_000, largest) + 4096
   assert_equal_trees(hf.load(tmp_path / 'out')[1], params)
+
+
+def test_a_single_file_counts_where_the_shards_of_an_index_are_gone(tmp_path):
+  """As transformers leaves it that saves a small model over a large one."""
+  config, params = make()
+  hf.save(config, params, tmp_path / 'old', shard_bytes=100_000)
+  hf.save(config, jax.tree.map(lambda x: x + 1, params), tmp_path / 'new')
+  shutil.copy(tmp_path / 'old' / 'model.safetensors.index.json', tmp_path / 'new')
+  assert_equal_trees(hf.load(tmp_path / 'new')[1], jax.tree.map(lambda x: x + 1, params))
+  shutil.copytree(tmp_path / 'old', tmp_path / 'new', dirs_exist_ok=True)
+  with pytest.raises(ValueError, match='holds both model.safetensors and .*older save'):
+    hf.load(tmp_path / 'new')
 
 
 def test_sharded_arrays_in_and_out(tmp_path):

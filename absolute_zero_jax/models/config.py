@@ -180,7 +180,7 @@ def _refuse_unsupported(hf: Mapping[str, Any], family: str) -> None:
     raise _refusal('quantization_config', hf['quantization_config'], 'none',
                    ' Use the full-precision checkpoint, or a GGUF file, which is dequantised.')
   allowed = {'hidden_act': ('silu',), 'mlp_bias': (False,), 'is_encoder_decoder': (False,),
-             'partial_rotary_factor': (1, 1.0)}
+             'is_causal': (True,), 'partial_rotary_factor': (1, 1.0)}
   if family != 'qwen2':                    # Qwen2 always has q/k/v biases and no switch for them
     allowed['attention_bias'] = (False,)
   for field, values in allowed.items():
@@ -208,8 +208,8 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   field = 'rope_parameters' if hf.get('rope_parameters') else 'rope_scaling'
   rope = hf.get(field) or {}
   if field == 'rope_parameters' and hf.get('rope_scaling'):
-    older = _rope({name: value for name, value in hf.items() if name != field})[1]
-    if older != _rope({name: value for name, value in hf.items() if name != 'rope_scaling'})[1]:
+    older = _rope({name: value for name, value in hf.items() if name != field})
+    if older != _rope({name: value for name, value in hf.items() if name != 'rope_scaling'}):
       raise _refusal('rope_scaling', hf['rope_scaling'], 'null, or what rope_parameters says')
   if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
     raise _refusal(field, rope, 'one flat object for all layers')
@@ -223,6 +223,9 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     return theta, None
   if kind == 'linear':
     return theta, RopeScaling('linear', _number(rope, 'factor'))
+  outer, inner = (d.get('original_max_position_embeddings') for d in (hf, rope))
+  if outer and inner and outer != inner:     # transformers 4 takes the inner, 5 the outer
+    raise _refusal('original_max_position_embeddings', outer, f'{inner}, as {field} says')
   original = _integer(rope, 'original_max_position_embeddings',
                       hf.get('original_max_position_embeddings') or
                       hf.get('max_position_embeddings'))

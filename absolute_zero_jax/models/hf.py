@@ -135,6 +135,11 @@ def table(folder: pathlib.Path) -> dict[str, tensor_files.Entry]:
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise ValueError(f'{index} is damaged ({e!r}); download it again') from None
   absent = [name for name in files if not (folder / name).exists()]
+  if (folder / _SINGLE).exists() and _SINGLE not in files:
+    if len(absent) == len(files):          # transformers leaves the index of an earlier save
+      return tensor_files.entries(folder / _SINGLE)
+    raise ValueError(f'{folder} holds both {_SINGLE} and {_INDEX} with its files; remove those of '
+                     'the older save')
   if absent:
     raise ValueError(f'{folder} lacks the weight files {_listing(absent)} named in {_INDEX}; '
                      'download them')
