@@ -125,6 +125,10 @@ def test_inputs_that_are_no_constants_are_refused(text):
     '~1',
     "int('1')",
     'str(1)',
+    'list(set([2, 1, 2]))',
+    'tuple({2: 1})',
+    "set('abca')",
+    "list('abc')",
   ],
 )
 def test_answers_must_be_values_already_unless_folding_is_asked_for(text):
@@ -152,6 +156,10 @@ def test_answers_must_be_values_already_unless_folding_is_asked_for(text):
     ('[1,\n2]', [1, 2]),
     ("b'\\x00'", b'\0'),
     ('range(0, 3)', range(3)),
+    ('list(range(3))', [0, 1, 2]),
+    ('set([1, 2])', {1, 2}),
+    ('frozenset(set())', frozenset()),
+    ('dict([(1, 2)])', {1: 2}),
   ],
 )
 def test_answers_may_be_spelled_as_python_prints_them(text, value):

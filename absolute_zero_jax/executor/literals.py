@@ -237,6 +237,9 @@ _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 # Constructors of values that have no literal of their own; allowed in answers too.
 _CONSTRUCTORS = {'set': set, 'frozenset': frozenset, 'dict': dict, 'list': list, 'tuple': tuple,
                  'float': float, 'complex': complex, 'bytes': bytes, 'range': range}
+# What they take in an answer: `list(set(x))` would have the checker sort and drop repeats.
+_TAKES = dict.fromkeys(('list', 'tuple'), (list, tuple, range)) | dict.fromkeys(
+    ('set', 'frozenset'), (list, tuple, range, set, frozenset)) | {'dict': (list, tuple, dict)}
 _CALLS = {**_CONSTRUCTORS, 'int': int, 'str': str, 'bool': bool, 'len': len, 'sum': sum, 'min': min,
           'max': max, 'abs': abs, 'round': _round, 'sorted': sorted, 'ord': ord, 'chr': chr,
           'reversed': lambda x: list(x)[::-1], 'enumerate': lambda *a: list(
@@ -377,6 +380,9 @@ class _Folder:
         raise LiteralError(f'call of {n.func.id[:40]!r}')
       if n.func.id == 'bytes' and args and type(args[0]) is int:
         raise LiteralError('too big')
+      if not self._expressions and not all(
+          isinstance(a, _TAKES.get(n.func.id, object)) for a in args):
+        raise LiteralError('conversion')
       return _bounded(function(*args, **kwargs))
     if type(n.func) is not ast.Attribute or not self._expressions:
       raise LiteralError('call')

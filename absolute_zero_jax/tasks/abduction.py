@@ -22,5 +22,10 @@ class Abduction(deduction.Deduction):
     return found and (text.arguments(found) or found)
 
   def checking_jobs(self, task: Task, answer: str) -> list[Job]:
-    """Runs the program on the answer and compares with the stored output."""
+    """Runs the program on the answer and compares with the stored output.
+
+    No job, so wrong, for what is no data: the executor would work out a search through inputs.
+    """
+    if text.arguments(answer) is None:
+      return []
     return [Job('run', task.program, (answer,), (task.output,), timeout_s=self.timeout_s)]
