@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from absolute_zero_jax import buffer, tasks
-from absolute_zero_jax.tasks import identity, program, prompts, seed_files
+from absolute_zero_jax.tasks import identity, program, prompts, seed_files, text
 from absolute_zero_jax.types import Job, Run, Status, Verdict
 
 SOURCE = 'def f(a, b):\n    return a * b'
@@ -54,6 +54,7 @@ def test_a_bad_verdict_names_itself(name, status):
     (f'```python\n{SOURCE}\n```\n```input\n1) or (True\n```', 'input_not_literal'),
     (f'```python\n{SOURCE}\n```\n```input\n\n```', 'no_input'),
     (PROPOSAL.replace('3, 4', '[' * 9000 + ']' * 9000), 'input_not_literal'),
+    (PROPOSAL.replace('3, 4', '3, c=4'), 'named_input'),
 ])
 def test_a_formless_proposal_names_its_fault(answer, reason):
   assert tasks.get('deduction').parse_proposal(answer, []) == reason
@@ -99,6 +100,30 @@ def test_deduction_compares_values_and_abduction_runs_the_program():
       Job('compare', inputs=('12',), expected=('12',))]
   assert tasks.get('abduction').checking_jobs(task, '12, 1') == [
       Job('run', SOURCE, ('12, 1',), ('12',))]
+
+
+@pytest.mark.parametrize('answer', [
+    'max(x for x in range(20) if x * 2 == 12), 1', '[x for x in range(20)]', 'sorted([3])[0], 4',
+    '3 if 1 < 2 else 4, 4', "len('abc'), 4", '(lambda: 3)(), 4', '1) or (True'])
+def test_an_abduction_that_leaves_the_work_to_the_checker_is_wrong(answer):
+  assert tasks.get('abduction').checking_jobs(_task(), answer) == []
+  assert tasks.get('abduction').accuracy(_task(), answer, []) == 0
+
+
+@pytest.mark.parametrize('answer', [
+    '3, 4', 'b=4, a=3', '[0] * 3, -1', 'nan, inf', 'Ellipsis, None'])
+def test_an_abduction_that_is_data_is_run(answer):
+  assert len(tasks.get('abduction').checking_jobs(_task(), answer)) == 1
+
+
+@pytest.mark.parametrize(('source', 'arguments', 'read'), [
+    (SOURCE, '3, 4', '3, 4'), (SOURCE, '3, b=4', '3, 4'), (SOURCE, 'b=[4], a=3', '3, [4]'),
+    ('def f(a, b=2): return a', 'a=3', '3'), ('def f(a, b=2, c=3): return a', '3, c=1', None),
+    ('def f(*, a): return a', 'a=3', None), ('def f(**a): return a', 'x=3', None),
+    ('def f(a): return 1\ndef f(b): return b', 'b=3', '3'), (SOURCE, '3, a=4', None),
+    ('no python at all', 'a=3', None)])
+def test_named_inputs_are_put_in_their_places(source, arguments, read):
+  assert text.positional(source, arguments) == read
 
 
 @pytest.mark.parametrize(('verdict', 'accuracy'), [

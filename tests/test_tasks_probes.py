@@ -32,7 +32,13 @@ def test_changed_inputs_keep_their_types(given):
   assert probes.inputs(given, 0) == ()
 
 
-@pytest.mark.parametrize('given', ['None', "'a' * 9", 'f(3)', '(' * 200, ''])
+@pytest.mark.parametrize('given', ['int(3)', '1 + 2', "'a' * 3", 'list(range(4))'])
+def test_an_input_that_must_be_worked_out_is_changed_too(given):
+  found = probes.inputs(given, 3)
+  assert len(found) > 1 and all(ast.literal_eval(x) is not None for x in found)
+
+
+@pytest.mark.parametrize('given', ['None', 'a=3', 'f(3)', '(' * 200, ''])
 def test_inputs_that_cannot_be_changed_are_left_alone(given):
   assert probes.inputs(given, 3) == ()
 
@@ -72,7 +78,7 @@ def test_errors_are_not_probed(service):
 
 
 def test_an_integer_that_grows_too_long_is_not_changed():
-  assert len(probes.inputs('9' * 4299, 3)) == 3 and probes.inputs('9' * 4300, 3) == ()
+  assert len(probes.inputs('9' * 4200, 3)) == 3 and probes.inputs('9' * 4300, 3) == ()
 
 
 def test_one_value_says_nothing():

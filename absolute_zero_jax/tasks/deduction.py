@@ -75,6 +75,9 @@ class Deduction:
     arguments = text.arguments(given)
     if arguments is None:
       return 'input_not_literal'
+    arguments = text.positional(found.source, arguments)
+    if arguments is None:
+      return 'named_input'
     plain, parts = composite.split(references)
     if any(task.key == identity.key(self.name, found.source, (arguments,)) for task in plain):
       return 'copied'

@@ -11,9 +11,9 @@ from absolute_zero_jax.tasks import program, text
 def key(kind: str, source: str, inputs: Sequence[str] = ()) -> str:
   """Hash of a task; equal keys are duplicates.
 
-  Formatting, comments, docstrings, statements that are never reached or do nothing, and local names
-  of the program do not count: names it binds are replaced by their order of appearance. Text that
-  is no Python is hashed as it stands.
+  Formatting, comments, docstrings, annotations of functions, statements that are never reached or
+  do nothing, and local names of the program do not count: names it binds are replaced by their
+  order of appearance. Text that is no Python is hashed as it stands.
   """
   tree = text.parse(source)
   said = source if tree is None else _canonical(tree)
@@ -38,6 +38,11 @@ def has_unreachable(source: str) -> bool:
 
 def _canonical(tree: ast.Module) -> str:
   _drop_idle(tree)
+  for node in ast.walk(tree):
+    if isinstance(node, ast.arg):
+      node.annotation = None
+    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      node.returns = None
   # Left alone: f, imported names, and names that are also reached as attribute or keyword.
   fixed, nodes = {'f'}, list(ast.walk(tree))
   for node in nodes:

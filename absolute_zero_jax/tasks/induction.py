@@ -88,6 +88,8 @@ class Induction:
     inputs = inputs or [call for line in answer.split('\n') for call in text.calls(line)]
     if inputs and not any(inputs):
       return 'input_not_literal'
+    source = references[0].program
+    inputs = [text.positional(source, i) for i in inputs if i is not None]
     inputs = [i for i in inputs if i is not None]
     if self.distinct_inputs:
       inputs = list(dict.fromkeys(inputs))
@@ -101,7 +103,6 @@ class Induction:
       return 'no_message'
     if len(message) > self.max_message_chars:
       return 'message_too_long'
-    source = references[0].program
     if _tells_code(message, source):
       return 'message_tells_code'
     return program.Proposal(source, tuple(inputs[-self.cases:]), message)

@@ -7,21 +7,24 @@ marked (`Task.independent`) when all that gave a value gave the proposed input's
 `grammar` three changed inputs mark 1.5 %.
 """
 
-import ast
 from collections.abc import Sequence
 from typing import Any
 
+from absolute_zero_jax.executor import literals
 from absolute_zero_jax.types import Run, Status
 
 
 def inputs(arguments: str, count: int) -> tuple[str, ...]:
   """Up to `count` argument lists of the same types as `arguments`, unlike it and each other.
 
-  None at all where nothing can be changed (say, `None`), the list is no plain literal, or a changed
-  integer is too long to print.
+  None at all where nothing can be changed (say, `None`), parameters are named, the list is no data,
+  or a changed integer is too long to print.
   """
   try:
-    values = ast.literal_eval(f'({arguments},)')
+    given = literals.parse_inputs(arguments)
+    if given.kwargs:
+      return ()
+    values, arguments = given.args, given.text
     texts = [', '.join(repr(_changed(v, way)) for v in values) for way in range(count)]
   except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
     return ()

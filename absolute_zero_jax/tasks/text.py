@@ -21,6 +21,7 @@ MAX_DEPTH = 100
 
 _CONSTRUCTORS = ('bool', 'bytes', 'complex', 'dict', 'float', 'frozenset', 'int', 'list', 'range',
                  'set', 'str', 'tuple')
+_CONSTANTS = ('nan', 'inf', 'Ellipsis')           # values whose text is a name
 _DATA_NODES = (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.Set, ast.UnaryOp, ast.unaryop,
                ast.BinOp, ast.operator, ast.Call, ast.Name, ast.keyword, ast.expr_context)
 
@@ -197,6 +198,24 @@ def arguments(source: str) -> str | None:
   return None
 
 
+def positional(source: str, arguments: str) -> str | None:
+  """An argument list of `f` (see `arguments`) without names; None where it needs them.
+
+  One input would otherwise be written in as many ways as its parameter has names.
+  """
+  call, tree = ast.parse(f'f({arguments})', mode='eval').body, parse(source)
+  named = {k.arg: k.value for k in call.keywords}
+  if not named:
+    return arguments
+  functions = [node for node in (tree.body if tree else ())
+               if isinstance(node, ast.FunctionDef) and node.name == 'f']
+  names = [p.arg for p in (*functions[-1].args.posonlyargs, *functions[-1].args.args)
+           ][len(call.args):][:len(named)] if functions else []
+  if set(names) != set(named):
+    return None
+  return _unparse([*call.args, *(named[name] for name in names)], is_data)
+
+
 def calls(line: str) -> list[str | None]:
   """Argument lists of a line `f(1)` or `[f(1), f(2)]`; None for each that is no list of data."""
   if not line.lstrip().startswith(('f(', '[f(')):
@@ -233,7 +252,7 @@ def is_data(node: ast.AST) -> bool:
     called = isinstance(child, ast.Call)
     if called and not (isinstance(child.func, ast.Name) and child.func.id in _CONSTRUCTORS):
       return False
-    if isinstance(child, ast.Name) and child.id not in _CONSTRUCTORS:
+    if isinstance(child, ast.Name) and child.id not in (*_CONSTRUCTORS, *_CONSTANTS):
       return False
     if not isinstance(child, _DATA_NODES):
       return False
