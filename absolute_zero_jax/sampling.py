@@ -174,11 +174,13 @@ def _threshold(weight_BV, amount_BV, limit_B):
 
 def _pick(weight_BN, uniform_B):
   sums_BN = jnp.cumsum(weight_BN, -1)
-  below_BN = sums_BN <= uniform_B[:, None] * sums_BN[:, -1:]
+  # Sums in blocks need not grow steadily: an index of weight 0 is never meant.
+  above_BN = (sums_BN > uniform_B[:, None] * sums_BN[:, -1:]) & (weight_BN > 0)
   # Rounding may lift uniform * total to the total itself; then the last possible index is meant,
   # not the last index, whose weight may be 0.
   last_B = jnp.max(jnp.where(weight_BN > 0, jnp.arange(weight_BN.shape[1])[None], 0), -1)
-  return jnp.minimum(jnp.sum(below_BN, -1, dtype=jnp.int32), last_B.astype(jnp.int32))
+  first_B = jnp.argmax(above_BN, -1).astype(jnp.int32)
+  return jnp.where(jnp.any(above_BN, -1), first_B, last_B.astype(jnp.int32))
 
 
 def _at(x_BV, index_B):
