@@ -101,7 +101,9 @@ def measure(c: config_lib.ConfigDict, tools: selfplay.Tools, sampler: sampler_li
                               on_finish=on_finish,
                               progress=lambda _, finished, __: bar.update(finished - bar.n))
 
-  tools = tools._replace(kinds=parts.kinds(c, c.heldout.kinds))
+  strict = c.copy_and_resolve_references()
+  strict.reward.induction = 'binary'           # whatever training pays
+  tools = tools._replace(kinds=parts.kinds(strict, c.heldout.kinds))
   items = []
   for part in c.heldout.parts:
     if part in grammar.PARTS:

@@ -192,7 +192,8 @@ class Run:
       updates.append(update)
     result = selfplay.Result(*(sum(lists, []) for lists in zip(*results)))
     with timer('metrics'):
-      numbers = summary.scalars(result, flag_words=self.c.log.flag_words)
+      numbers = summary.scalars(result, flag_words=self.c.log.flag_words,
+                                learnability=self.c.reward.learnability)
       numbers |= summary.buffer_scalars(self.buffer)
     timer.seconds['iteration'] = time.perf_counter() - start
     self.step = step

@@ -9,25 +9,30 @@ docs/metrics.md lists all names.
 
 import collections
 from collections.abc import Mapping, Sequence
+import functools
 import re
 
 import numpy as np
 
 from absolute_zero_jax import metrics
+from absolute_zero_jax import rewards as rewards_lib
 from absolute_zero_jax.tasks import metrics as task_metrics
 from absolute_zero_jax.types import Episode, Role
 
 
-def scalars(result, *, flag_words: Sequence[str] = ()) -> dict[str, float]:
+def scalars(result, *, flag_words: Sequence[str] = (),
+            learnability: str = 'one_minus') -> dict[str, float]:
   """Scalars of one `selfplay.Result`.
 
   Args:
+    learnability: what is paid, see `rewards.learnability`.
     flag_words: responses that hold one of these, in any case, are counted in 'flagged_share'.
   """
   out = {}
   flagged = _word_finder(flag_words)
   for kind in dict.fromkeys(a.kind.name for a in result.proposals + result.solved):
-    for phase, attempts, numbers in (('propose', result.proposals, _proposals),
+    proposals = functools.partial(_proposals, learnability=learnability)
+    for phase, attempts, numbers in (('propose', result.proposals, proposals),
                                      ('solve', result.solved, _answers),
                                      ('measure', result.measured, _measured)):
       mine = [a for a in attempts if a.kind.name == kind]
@@ -64,7 +69,7 @@ def _common(attempts: Sequence, flagged) -> dict[str, float]:
       'count': len(attempts), 'flagged_share': np.mean([flagged(a.turn.text) for a in attempts])}
 
 
-def _proposals(attempts: Sequence) -> dict[str, float]:
+def _proposals(attempts: Sequence, learnability: str) -> dict[str, float]:
   valid = [a for a in attempts if a.status == 'ok']
   out = {'valid_rate': len(valid) / len(attempts),
          'well_formed_rate': np.mean([a.well_formed for a in attempts]),
@@ -73,7 +78,7 @@ def _proposals(attempts: Sequence) -> dict[str, float]:
   rates = [a.solve_rate for a in valid if a.solve_rate is not None]
   if rates:
     out['solve_rate'] = np.mean(rates)
-    out['learnability'] = np.mean([1 - r if r else 0.0 for r in rates])
+    out['learnability'] = np.mean([rewards_lib.learnability(r, learnability) for r in rates])
   return out | task_metrics.task_metrics([a.task for a in valid], [a.references for a in valid])
 
 

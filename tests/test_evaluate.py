@@ -71,6 +71,20 @@ def test_a_model_that_knows_gets_everything(service):
   assert scores['same/deduction']['entropy'][0] == 0.5 and scores['same/mean']['thinks'][0] == 0
 
 
+def test_inductions_are_scored_alike_whatever_training_pays(monkeypatch):
+  seen = []
+  monkeypatch.setattr(evaluate, 'score', lambda tasks, tools, *args, **kwargs: (
+      seen.append(tools.kinds), [])[1])
+  for paid in ('binary', 'accuracy', 'if_one_correct'):
+    c = config_lib.get_config()
+    c.reward.induction, c.heldout.count, c.heldout.parts = paid, 1, ('same',)
+    tools = selfplay.Tools(kinds=(), tokenizer=None, sample=None, submit=None, prompts=PROMPTS,
+                           rewards=None)
+    evaluate.measure(c, tools, None, None)
+    assert c.reward.induction == paid
+  assert {kind.score for kinds in seen for kind in kinds if kind.name == 'induction'} == {'binary'}
+
+
 def test_programs_of_a_file_are_scored_as_they_stand(service, tmp_path, monkeypatch):
   path = tmp_path / 'written.jsonl'
   path.write_text('\n'.join(json.dumps(dict(code=code, input=given, output=output, id='x'))

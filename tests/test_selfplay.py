@@ -174,6 +174,10 @@ def test_an_output_that_does_not_depend_on_the_input_is_seen_and_refused_on_requ
     numbers = summary.scalars(result)
     assert numbers['propose_deduction/independent_share'] == 0.25
     assert numbers['propose/independent_share'] == 0.25
+    for how in ('one_minus', 'inverse', 'variance'):
+      rates = [a.solve_rate for a in result.proposals if a.status == 'ok']
+      assert summary.scalars(result, learnability=how)['propose_deduction/learnability'] == (
+          pytest.approx(np.mean([rewards.learnability(r, how) for r in rates])))
   (result,), _ = _play(script, executor, refuse_independent=True)       # nothing was tested
   assert result.proposals[1].status == 'ok'
 
