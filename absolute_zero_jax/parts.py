@@ -140,11 +140,13 @@ def rewards(c: ConfigDict) -> Any:
 def algorithm(c: ConfigDict) -> Any:
   """Advantages and losses; solvers whose prompts have several answers get prompt baselines."""
   estimators = c.algorithm.role_estimators.to_dict()
-  groups = c.selfplay.mc_use != 'measure' or c.selfplay.solve_samples > 1
+  groups = (c.selfplay.mc_use != 'measure' and c.selfplay.mc_samples > 1
+            or c.selfplay.solve_samples > 1)
   if groups and c.algorithm.name == 'trr_plus_plus':
     estimators = {'solve': 'trr_prompt'} | estimators
   for role, played, several, change in (
-      ('solve', True, groups, "selfplay.mc_use='reuse' or 'train', or selfplay.solve_samples"),
+      ('solve', True, groups, "selfplay.mc_use='reuse' or 'train' with mc_samples above 1, or "
+                              'selfplay.solve_samples above 1'),
       ('propose', c.selfplay.train_propose, False, 'selfplay.train_propose=False')):
     name = estimators.get(role, c.algorithm.name)
     if played and not several and name in advantages.AMONG_ANSWERS:

@@ -224,7 +224,10 @@ def _propose_prompt(kind, buffer, tools: Tools, rules: Rules, rng) -> tuple[list
         return references, tuple(ids)
       if len(references) <= kind.min_references:
         break
-      references.remove(max(references, key=lambda t: len(t.program)))
+      longest = max(references, key=lambda t: len(t.program))
+      references.remove(longest)
+      if longest.kind == 'composite':      # the numbers of the others would be wrong
+        references = [t for t in references if t.kind != 'composite']
   raise ValueError(f'sampler.max_prompt_tokens={rules.max_prompt_tokens} is too small: a '
                    f'{kind.name} proposal prompt has {len(ids)} tokens; allow at least that many.')
 

@@ -58,6 +58,8 @@ def test_an_object_of_ones_own_is_checked_when_it_is_made(section, lacks):
 
 @pytest.mark.parametrize(('changes', 'words'), [
     ({'algorithm__name': 'grpo'}, "algorithm.name='grpo' .*to solve gets one.*mc_use='reuse'"),
+    ({'algorithm__name': 'rloo', 'selfplay__mc_use': 'reuse', 'selfplay__mc_samples': 1},
+     'to solve gets one'),
     ({'algorithm__name': 'grpo', 'selfplay__mc_use': 'reuse'},
      "algorithm.name='grpo' .*to propose gets one.*{'propose': 'trr_plus_plus'}"),
     ({'algorithm__role_estimators': {'propose': 'rloo'}}, 'algorithm.role_estimators.propose=')])

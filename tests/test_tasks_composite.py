@@ -2,11 +2,12 @@
 """Composite proposals: schedule, drawing, and the check that f builds on what it was given."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
 
-from absolute_zero_jax import buffer, tasks
+from absolute_zero_jax import buffer, phases, tasks
 from absolute_zero_jax.tasks import composite, program, prompts
 from absolute_zero_jax.types import Task
 
@@ -71,6 +72,25 @@ def test_a_composite_proposal_goes_the_whole_way():
   assert isinstance(scope['f'](12), int)
   assert proposal.extra['composite_functions'] == [part.program for part in parts]
   assert 'g_' not in kind.propose_prompt(plain, prompts.load('think'))
+
+
+def test_too_long_a_prompt_loses_all_parts_or_none():
+  """Of two parts the one left would be asked for by the other's number."""
+  schedule = composite.Schedule(start_step=0, count_max=2, count_min=2, chance=1.0)
+  kind = tasks.get('deduction', composites=schedule)
+  made = buffer.TaskBuffer()
+  for n in range(6):
+    source = 'def f(x):\n' + '    x = x + 1\n' * 9 * n + f'    return x * {n}'
+    made.add(Task('deduction', source, (('3', '1'),), key=str(n)))
+  tools = types.SimpleNamespace(prompts=prompts.load('think'),
+                                tokenizer=types.SimpleNamespace(encode=str.split))
+  seen = set()
+  for limit in range(400, 1200, 20):
+    rules = types.SimpleNamespace(references=2, show_references=True, reference_draw='uniform',
+                                  max_prompt_tokens=limit)
+    references, _ = phases._propose_prompt(kind, made, tools, rules, np.random.default_rng(0))
+    seen.add(len(composite.split(references)[1]))
+  assert seen == {0, 2}
 
 
 def test_more_parts_than_a_program_may_hold_are_data():
