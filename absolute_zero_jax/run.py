@@ -143,8 +143,10 @@ class Run:
           seeding.of_grammar(c.seed, c.seeding.tasks, self.kinds, self.executor.submit,
                              cases=c.selfplay.induction_cases) if c.selfplay.seeds == 'grammar'
           else seeding.load(c.selfplay.seeds, self.kinds, self.executor.submit))
-      self.buffer.extend(found)
-      self._say(f'seeds: {len(found)} of {tried} tasks from {c.selfplay.seeds} passed validation')
+      kept = [task for task in found if not excludes(task)]
+      self.buffer.extend(kept)
+      self._say(f'seeds: {len(found)} of {tried} tasks from {c.selfplay.seeds} passed validation'
+                + f', {len(found) - len(kept)} are excluded' * (len(kept) < len(found)))
     self.rules = selfplay.Rules(max_prompt_tokens=c.sampler.max_prompt_tokens,
                                 kind_batch=c.selfplay.kind_batch.to_dict(),
                                 **{k: c.selfplay[k] for k in _RULES})

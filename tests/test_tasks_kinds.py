@@ -288,6 +288,15 @@ def test_a_kind_of_another_domain_plays(monkeypatch):
   sys.modules.pop('example_kind')
 
 
+def test_rows_of_seeds_are_told_apart_and_read_as_proposals_are(tmp_path):
+  rows = [{'snippet': SOURCE, 'input': '3, b=4'},
+          {'snippet': SOURCE, 'inputs': ['1, 2', '3, 4'], 'message': ''}]
+  (tmp_path / 'seeds.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  pair, induction = seed_files.read(tmp_path / 'seeds.jsonl')
+  assert pair.inputs == ('3, 4',) and seed_files.kinds_of(pair) == seed_files.PAIR_KINDS
+  assert seed_files.kinds_of(induction) == ('induction',)
+
+
 def test_the_seed_files_of_the_reference_load(shared_data, tmp_path):
   files = sorted((shared_data / 'azr_seeds').glob('*_seed_io.jsonl'))
   assert len(files) == 6

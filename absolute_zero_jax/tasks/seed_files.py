@@ -35,7 +35,7 @@ def read(path: epath.PathLike) -> list[program.Proposal]:
       row = json.loads(line)
       given = row['inputs'] if 'inputs' in row else [row['input']]
       source = program.with_imports(row['snippet'], row.get('imports', ()))
-      inputs = tuple(text.arguments(i) or i for i in given)
+      inputs = tuple(_read_input(source, i) for i in given)
       proposal = program.Proposal(source, inputs, row.get('message', ''))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise ValueError(f'{path}:{number} is no seed row ({error!r}); wanted are the fields snippet '
@@ -45,8 +45,13 @@ def read(path: epath.PathLike) -> list[program.Proposal]:
 
 
 def kinds_of(proposal: program.Proposal) -> tuple[str, ...]:
-  """The kinds a row can become: induction when it has a message, else those of pairs."""
-  return ('induction',) if proposal.message else PAIR_KINDS
+  """The kinds a row can become: induction with a message or several inputs, else those of pairs."""
+  return ('induction',) if proposal.message or len(proposal.inputs) > 1 else PAIR_KINDS
+
+
+def _read_input(source: str, given: str) -> str:
+  arguments = text.arguments(given)
+  return (arguments and text.positional(source, arguments)) or given
 
 
 def write(path: epath.PathLike, tasks: Sequence[Task]) -> None:
