@@ -34,7 +34,7 @@ Attempt, Rules, Tools = phases.Attempt, phases.Rules, phases.Tools
 class Result(NamedTuple):
   """What one iteration leaves: all attempts by phase, and the rewarded episodes in order.
 
-  With `mc_use='reuse'` the measured attempts are among the solved ones too.
+  Where measured attempts train (`mc_use` 'reuse' and 'train') they are among the solved ones too.
   """
   proposals: list[Attempt]
   measured: list[Attempt]
@@ -76,7 +76,7 @@ def iterate(step: int, buffer: buffer_lib.TaskBuffer, tools: Tools, rules: Rules
   for a in proposals:    # after the rewards: diversity terms compare with what was there before
     if a.status == 'ok':
       buffer.count_types(a.task)
-  reused = measured_flat if rules.mc_use == 'reuse' else []
+  reused = measured_flat if rules.mc_use != 'measure' else []
   return Result(proposals, measured_flat, solved_flat + reused, episodes)
 
 

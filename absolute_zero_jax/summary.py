@@ -43,7 +43,7 @@ def scalars(result, *, flag_words: Sequence[str] = (),
     out |= _prefixed(f'{role}_{kind}', {
         'reward': np.mean(rewards), 'reward_min': min(rewards), 'reward_max': max(rewards),
         'reward_std': np.std(rewards)})
-  out |= _gaps(out)
+  out |= _gaps(out, result)
   if result.proposals:
     out['propose/independent_share'] = float(np.mean([_independent(a) for a in result.proposals]))
   rates = [a.solve_rate for a in result.proposals if a.solve_rate is not None]
@@ -113,19 +113,21 @@ def _accuracy(attempts: Sequence) -> dict[str, float]:
           'well_formed_rate': np.mean([a.well_formed and a.parsed is not None for a in attempts])}
 
 
-def _gaps(scalars: Mapping[str, float]) -> dict[str, float]:
+def _gaps(scalars: Mapping[str, float], result) -> dict[str, float]:
   """How far the solver is ahead of the proposer, per kind.
 
   'gap_KIND/reward': solve reward minus propose reward. 'gap_KIND/accuracy': accuracy on the tasks
   drawn for training minus that on this iteration's proposals; above 0 the proposals are harder.
   """
-  out = {}
+  out, measured = {}, set(map(id, result.measured))
   for name in [n for n in scalars if n.startswith('solve_') and n.endswith('/reward')]:
     kind = name.removeprefix('solve_').removesuffix('/reward')
-    for gap, a, b in (('reward', name, f'propose_{kind}/reward'),
-                      ('accuracy', f'solve_{kind}/accuracy', f'measure_{kind}/accuracy')):
-      if a in scalars and b in scalars:
-        out[f'gap_{kind}/{gap}'] = scalars[a] - scalars[b]
+    if f'propose_{kind}/reward' in scalars:
+      out[f'gap_{kind}/reward'] = scalars[name] - scalars[f'propose_{kind}/reward']
+    # Answers that measured may train too; those are no drawn tasks.
+    drawn = [a.accuracy for a in result.solved if a.kind.name == kind and id(a) not in measured]
+    if drawn and f'measure_{kind}/accuracy' in scalars:
+      out[f'gap_{kind}/accuracy'] = np.mean(drawn) - scalars[f'measure_{kind}/accuracy']
   return out
 
 

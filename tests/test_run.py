@@ -167,6 +167,16 @@ def test_answers_of_the_measurement_serve_as_solver_rows(make):
     signs = [np.sign(e.advantage[0]) for e in group]
     np.testing.assert_array_equal(signs, np.sign(rewards - rewards.mean()).round(9))
   assert current.learner.algorithm.role_estimators == (('solve', 'trr_prompt'),)
+  # Nothing drawn, so nothing to compare; where tasks were, they are compared.
+  enough = [k for k, n in valid.items() if n]
+  assert not any(f'gap_{k}/accuracy' in reuse.metrics for k in enough)
+  assert all(f'gap_{k}/accuracy' in measure.metrics for k in enough)
+
+
+def test_measured_answers_that_train_count_as_solved(make):
+  (iteration,), _ = _play(make(selfplay__mc_use='train'))
+  rows = [e for e in iteration.episodes if e.role == Role.SOLVE]
+  assert all(e.train for e in rows) and len(rows) == len(iteration.result.solved)
 
 
 def test_reuse_generates_only_what_is_short(make):
