@@ -186,6 +186,10 @@ def _above(low: float) -> tuple[Callable[[Any], bool], str]:
   return (lambda x: x > low), f'more than {low}'
 
 
+def _stem(path: Any) -> str:
+  return str(path).rpartition('/')[2].removesuffix('.jsonl')
+
+
 def _between(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
   return (lambda x: low <= x <= high), f'{low} to {high}'
 
@@ -292,9 +296,10 @@ _CHECKS = {
     'pretrain.guess_count': _at_least(1),
     'heldout.seed': _between(0, 2**31 - 1),
     'heldout.count': _at_least(1),
-    'heldout.parts': ((lambda x: bool(x) and len(set(x)) == len(x) and all(
+    'heldout.parts': ((lambda x: bool(x) and len({_stem(p) for p in x}) == len(x) and all(
         p in ('same', 'deeper') or str(p).endswith('.jsonl') for p in x)),
-                      "some of 'same', 'deeper', or paths of .jsonl files, each once"),
+                      "some of 'same', 'deeper', or paths of .jsonl files, each once and by names "
+                      'that differ without their folders'),
     'heldout.samples': _at_least(0),
     'heldout.kinds': ((lambda x: bool(x) and set(x) <= {'deduction', 'abduction', 'induction'}),
                       "some of 'deduction', 'abduction', 'induction'"),

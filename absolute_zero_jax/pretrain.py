@@ -94,6 +94,8 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
       with _written_ahead(make_batch(c, tokenizer, failed), done + 1, end) as batches:
         state = _train(c, state, update, batches, writer, console, save, end)
       done = end
+    if c.checkpoint.export and latest == done:     # nothing was left to do; was it exported?
+      hf.save(model, state.params, workdir / 'export', tokenizer=tokenizer)
     console.stamp(f'{workdir}/export holds the model' if c.checkpoint.export else 'done')
     return state
 

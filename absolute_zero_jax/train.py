@@ -62,7 +62,8 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     # Row 0 is the base's score.
     writer = metrics.Writer(workdir, current.step + (latest is not None))
     stack.callback(writer.close)
-    history = metrics.read_history(workdir, current.step)
+    # Rows of a first try that failed are none of this run's.
+    history = [] if latest is None else metrics.read_history(workdir, current.step)
     if current.step < c.train.steps:
       console.stamp('plays; the first iteration also compiles, which a second start need not')
     if latest is None and c.heldout.every_steps:

@@ -92,6 +92,8 @@ def test_an_unknown_field_is_named_with_what_is_allowed():
     ({'train.length_buckets': (64,)}, 'length_buckets.* must reach'),
     ({'train.length_buckets': (512, 256)}, 'ascending'),
     ({'heldout.parts': ('same', 'same')}, 'heldout.parts.*each once'),
+    ({'heldout.parts': ('a/test.jsonl', 'b/test.jsonl')}, 'heldout.parts.*without their folders'),
+    ({'heldout.parts': ('same', 'a/same.jsonl')}, 'heldout.parts.*without their folders'),
     ({'model.attention': 'cudnn'}, "model.dtype='float32'.*'bfloat16'"),
     ({'model.attention': 'splash', 'train.share_prompts': True}, 'train.share_prompts=False'),
     ({'selfplay.kind_batch': {'induktion': 4}}, "no kind that is played.*mean 'induction'"),

@@ -77,6 +77,14 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch):
   assert all(jax.tree.leaves(same))
 
 
+def test_a_run_that_died_before_its_last_export_writes_it(finished, tmp_path, monkeypatch):
+  shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / 'export')
+  pretrain.run(_config(), tmp_path, stream=io.StringIO())
+  files = [folder / 'export' / 'model.safetensors' for folder in (tmp_path, finished[0])]
+  assert files[0].read_bytes() == files[1].read_bytes()
+
+
 class _Dropped:
   """A signal that comes where Python drops what its handler raises."""
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from absolute_zero_jax import checkpoint, config, records, train
+from absolute_zero_jax import checkpoint, config, grammar, records, train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -136,6 +136,41 @@ def test_seed_files_are_validated_and_added(shared_data):
   c.selfplay.seeds = 'nowhere'
   with pytest.raises(ValueError, match='selfplay.seeds'):
     train.Run(c)
+
+
+def test_seeds_of_the_test_side_are_left_out(tmp_path):
+  c = _config()
+  c.selfplay.exclude, c.selfplay.seeds = 'heldout', str(tmp_path / 'seeds.jsonl')
+  tests = grammar.test_set(0, 3, 'same')
+  rows = [{'snippet': e.program, 'input': e.inputs[0]} for e in tests]
+  rows += [{'snippet': 'def f(x):\n    return x[::-1]', 'input': "'ab'"}]
+  (tmp_path / 'seeds.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  lines = []
+  with train.Run(c, progress=lines.append) as run:
+    assert not any(map(grammar.excludes, run.buffer.tasks('deduction')))
+    assert run.buffer.sizes()['deduction'] == 2          # the file's last one, and the first task
+  assert any('4 of 4 tasks' in line and ', 3 are excluded' in line for line in lines)
+
+
+def test_scores_of_a_first_try_are_none_of_the_next(tmp_path, monkeypatch):
+  scores = iter([0.1, 0.4, 0.5])
+  monkeypatch.setattr(train, '_score', lambda *_: {
+      f'heldout/same/mean/{q}{end}': x for x in [next(scores)]
+      for q in ('greedy', 'sampled') for end in ('', '_low', '_high')})
+  monkeypatch.setattr(train.report, 'write', lambda workdir, history: seen.append(
+      [row['heldout/same/mean/greedy'] for row in history]) or '')
+  seen, whole = [], train._one_step
+  c = _config(1)
+  c.heldout.every_steps, c.selfplay.exclude = 1, 'heldout'
+
+  def failing(*_):
+    raise ValueError('first try')
+  monkeypatch.setattr(train, '_one_step', failing)
+  with pytest.raises(ValueError, match='first try'):
+    train.run(c, tmp_path, stream=io.StringIO())
+  monkeypatch.setattr(train, '_one_step', whole)
+  train.run(c, tmp_path, stream=io.StringIO())
+  assert seen == [[0.4, 0.5]]
 
 
 def test_another_config_is_refused_in_the_same_workdir(uninterrupted):
