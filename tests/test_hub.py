@@ -238,6 +238,7 @@ def test_a_whole_hub_copy_is_used_offline_and_half_a_one_is_not(index, tmp_path)
   (folder / 'tokenizer.json').write_text('{}')
   (folder / 'model.safetensors.index.json').write_text(
       json.dumps({'weight_map': {'a': 'model-00002-of-00002.safetensors'}}))
+  (folder / 'model.safetensors').unlink()
   assert hub.resolve(HUB_ID).name == 'tiny.gguf'
 
 
