@@ -153,24 +153,21 @@ def test_seeds_of_the_test_side_are_left_out(tmp_path):
 
 
 def test_scores_of_a_first_try_are_none_of_the_next(tmp_path, monkeypatch):
-  scores = iter([0.1, 0.4, 0.5])
-  monkeypatch.setattr(train, '_score', lambda *_: {
-      f'heldout/same/mean/{q}{end}': x for x in [next(scores)]
-      for q in ('greedy', 'sampled') for end in ('', '_low', '_high')})
-  monkeypatch.setattr(train.report, 'write', lambda workdir, history: seen.append(
-      [row['heldout/same/mean/greedy'] for row in history]) or '')
-  seen, whole = [], train._one_step
+  scores, seen = iter([0.1, 0.4]), []
+  monkeypatch.setattr(train, '_score', lambda *_: {'heldout/same/mean/greedy': next(scores)})
+  monkeypatch.setattr(train, '_print_summary', lambda current, workdir, history, console: (
+      seen.extend(row['heldout/same/mean/greedy'] for row in history)))
   c = _config(1)
-  c.heldout.every_steps, c.selfplay.exclude = 1, 'heldout'
+  c.heldout.every_steps, c.selfplay.exclude, c.checkpoint.export = 1, 'heldout', False
 
   def failing(*_):
     raise ValueError('first try')
   monkeypatch.setattr(train, '_one_step', failing)
   with pytest.raises(ValueError, match='first try'):
     train.run(c, tmp_path, stream=io.StringIO())
-  monkeypatch.setattr(train, '_one_step', whole)
+  monkeypatch.setattr(train, '_one_step', lambda *_: ({'heldout/same/mean/greedy': 0.5}, False))
   train.run(c, tmp_path, stream=io.StringIO())
-  assert seen == [[0.4, 0.5]]
+  assert seen == [0.4, 0.5]
 
 
 def test_another_config_is_refused_in_the_same_workdir(uninterrupted):
