@@ -72,7 +72,7 @@ class Programs:
       started = time.perf_counter()
       program = jax.jit(function, donate_argnums=donate).lower(*args).compile(options)
       self.compiled[key] = program
-      if key[1] not in self.shapes.get(key[0], (key[1],)):
+      if key[0] in self.shapes and key[1] not in self.shapes[key[0]]:
         self.shapes[key[0]].append(key[1])
       self.stats['compile_s'] += time.perf_counter() - started
     return program(*args)

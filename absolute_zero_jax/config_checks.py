@@ -124,6 +124,7 @@ def _check_together(c: ConfigDict) -> None:
 
 
 def _check_local(executor: ConfigDict) -> None:
+  """As `executor.client` would say later, in the middle of a start."""
   if executor.workers % 2 or executor.workers > 1024:
     raise ConfigError(f'executor.workers={executor.workers} must be even, since half of them have '
                       'another hash seed, and at most 1024; 0 goes by the cores.')
@@ -186,12 +187,13 @@ def _above(low: float) -> tuple[Callable[[Any], bool], str]:
   return (lambda x: x > low), f'more than {low}'
 
 
-def _stem(path: Any) -> str:
-  return str(path).rpartition('/')[2].removesuffix('.jsonl')
-
-
 def _between(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
   return (lambda x: low <= x <= high), f'{low} to {high}'
+
+
+def _stem(path: Any) -> str:
+  """What scores of a part of the test are called (`evaluate.measure`)."""
+  return str(path).rpartition('/')[2].removesuffix('.jsonl')
 
 
 _AXIS = ((lambda x: x == -1 or x >= 1), '1 or more, or -1 for all devices that are left')

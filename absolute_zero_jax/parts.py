@@ -237,7 +237,7 @@ def mesh(c: ConfigDict) -> Any:
   try:
     return sharding.make_mesh(**sizes, devices=devices)
   except ValueError as e:
-    raise config_lib.ConfigError(f'config.{e}') from e
+    raise config_lib.ConfigError(f'mesh.data, mesh.fsdp, mesh.tensor: {e}') from e
 
 
 def _cpu_devices(c):

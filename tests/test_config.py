@@ -2,12 +2,14 @@
 """Configs refuse what cannot work, by field name, before any work; every shipped file is valid."""
 
 import importlib.util
+import inspect
 import pathlib
 
 import ml_collections
 import pytest
 
 from absolute_zero_jax import config
+from absolute_zero_jax.executor import client
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / 'configs').glob('*.py'))
@@ -108,6 +110,27 @@ def test_fields_that_contradict_each_other_are_refused(change, words):
   c.update_from_flattened_dict(change)
   with pytest.raises(config.ConfigError, match=words):
     config.validate(c)
+
+
+def _refuses(check, options):
+  try:
+    check(options)
+  except ValueError:
+    return True
+  return False
+
+
+@pytest.mark.parametrize('field, value, refused', [
+    ('workers', 0, False), ('workers', 2, False), ('workers', 3, True), ('workers', 1024, False),
+    ('workers', 1026, True), ('validate_timeout_s', 0.009, True),
+    ('validate_timeout_s', 0.01, False), ('score_timeout_s', 60.0, False),
+    ('score_timeout_s', 60.1, True)])
+def test_the_config_refuses_what_the_executor_would(field, value, refused):
+  usual = {name: p.default for name, p in inspect.signature(client.Executor).parameters.items()}
+  assert _refuses(client._check_options, usual | {field: value}) == refused
+  c = config.get_config()
+  c.executor[field] = value
+  assert _refuses(config.validate, c) == refused
 
 
 def test_the_presets_are_the_published_numbers():
