@@ -203,7 +203,7 @@ class Batch:
     width, size = p.shape(width, size)
     if self.cache is None:
       self.cache = p.call(('cache', width, size), functools.partial(
-          decoding.empty_cache, p.config, width, size, p.dtype, p.mesh))
+          decoding.empty_cache, p.config, width, size, p.dtype, p.mesh, self.platform))
       self.slots += [None] * (width - len(self.slots))
     else:
       self._resize(width, size)
@@ -379,7 +379,8 @@ class Prompts:
     seen_A = (np.arange(ahead) >= ahead - len(prefix)).astype(np.int32) if before else None
     new = p.call(('prefill', shape, self.layout), function, self.params, tokens_BT, positions_BT,
                  segments_BT, before.new if before else None, seen_A,
-                 options=sharding.compiler_options(p.mesh))
+                 # XLA:CPU multiplies 16 bits fast by YNN alone (prefilling: 2.1 times).
+                 options=sharding.compiler_options(p.mesh) if p.dtype.itemsize > 2 else None)
     p.stats['prefill_tokens'] += sum(len(context) - len(prefix) for context in contexts)
     rows = {context: (b, len(context) - len(prefix)) for b, context in enumerate(contexts)}
     return _Insert(rows, new, before.new if before else None, shape)

@@ -109,9 +109,13 @@ def weights(config: ModelConfig, params: decoder.Params, dtype: Any, mesh: Mesh 
 
 
 def empty_cache(config: ModelConfig, width: int, size: int, dtype: Any,
-                mesh: Mesh | None) -> Cache:
-  """`width` rings of `size` slots, one pair of arrays per layer; trace it inside jit."""
-  c = config
+                mesh: Mesh | None, platform: str) -> Cache:
+  """`width` rings of `size` slots, one pair of arrays per layer; trace it inside jit.
+
+  In `dtype`, but on a CPU in float32: XLA:CPU would write keys and values of 16 bits out in float32
+  before it multiplies them.
+  """
+  c, dtype = config, jnp.float32 if platform == 'cpu' else dtype
   return tuple(
       (_lay(jnp.zeros((width, c.kv_heads, c.head_dim, size), dtype), mesh),
        _lay(jnp.zeros((width, c.kv_heads, size, c.head_dim), dtype), mesh))
@@ -230,10 +234,10 @@ def decode(config: ModelConfig, w: Weights, cache: Cache, slot: jax.Array, rows:
 def _decode(config, w, cache, slot, rows, steps, key, opts, allowed_V, stops_E, *, chunk, dtype,
             mesh, fused, platform):
   B, S = cache[0][0].shape[0], cache[0][0].shape[3]
-  on_cpu = platform == 'cpu'
+  weights_first = platform == 'cpu' and dtype == jnp.float32
   # Rows of unsplit layers are on one device here, alone or as one shard of several.
   kernel = fused and decode_attention.serves(platform, dtype, config.head_dim, S)
-  block = decoder.Block(config, dtype, fused=fused, weights_first=on_cpu, kernel=kernel)
+  block = decoder.Block(config, dtype, fused=fused, weights_first=weights_first, kernel=kernel)
   unembed_VD = w.embed_VD if w.unembed_VD is None else w.unembed_VD
   row_keys_B = jax.vmap(lambda stream, sample: jax.random.fold_in(
       jax.random.fold_in(key, stream), sample))(rows.streams_B, rows.samples_B)
@@ -247,7 +251,7 @@ def _decode(config, w, cache, slot, rows, steps, key, opts, allowed_V, stops_E, 
                                method='step')
       new.append((k, v))
     x_BD = decoder.rms_norm(x_BD, w.final_norm_D, config.norm_eps)
-    return decoder.product(x_BD, unembed_VD, on_cpu, jnp.float32), tuple(new)
+    return decoder.product(x_BD, unembed_VD, weights_first, jnp.float32), tuple(new)
 
   def step(state):
     i, cache, slot, rows, out = state

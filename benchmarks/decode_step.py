@@ -60,7 +60,8 @@ def main() -> None:
 
 def _program(config, weights, B, size, dtype, platform):
   """A compiled call of `STEPS` steps as a function of the cache, and a cache."""
-  cache = jax.jit(functools.partial(decoding.empty_cache, config, B, size, dtype, None))()
+  cache = jax.jit(functools.partial(decoding.empty_cache, config, B, size, dtype, None,
+                                    platform))()
   zeros = jnp.zeros((B,), jnp.int32)
   rows = decoding.Rows(zeros + 5, zeros + PROMPT, zeros, zeros + 2 * STEPS,
                        jnp.arange(B, dtype=jnp.int32), zeros)

@@ -203,7 +203,7 @@ def _limit(config, ours, params, job):
   _, weights = ours._prepare(params)
   c = config
   unembed_VD = weights.embed_VD if weights.unembed_VD is None else weights.unembed_VD
-  first = jax.default_backend() == 'cpu'
+  first = jax.default_backend() == 'cpu' and ours.dtype == jnp.float32
   product = lambda x, w: decoder.product(x, w, first and len(x) <= 256)    # the faster way
 
   def matmuls(x, w, head):

@@ -3,6 +3,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +221,20 @@ def test_bfloat16_is_near_float32():
   got = _logits(SMALL, params, tokens_BT, dtype=jnp.bfloat16)
   assert got.dtype == jnp.float32
   assert np.abs(got - want).max() < 0.1 * np.abs(want).max()
+
+
+@pytest.mark.parametrize('platform, narrow', [('cpu', 'f32'), ('cuda', 'bf16'), ('tpu', 'bf16')])
+def test_products_of_16_bits_give_what_the_chip_has_units_for(platform, narrow):
+  """XLA:CPU writes both operands out in float32, step by step, for a product that is asked for 16
+  bits; an NVIDIA GPU converts a product that is asked for 32 by a kernel of its own."""
+  def products(x, w):
+    return decoder.product(x, w, False), decoder.linear(x, w.T), decoder.product(
+        x, w, False, jnp.float32)
+  x, w = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((16, 8), jnp.bfloat16)
+  text = jax.jit(products).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+  results = re.findall(r'dot_general .*-> tensor<4x16x(\w+)>', text)
+  assert results == [narrow, narrow, 'f32']
+  assert [y.dtype for y in products(x, w)] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
 
 
 def test_bfloat16_adds_up_gradients_over_tokens_in_float32():

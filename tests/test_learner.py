@@ -20,16 +20,6 @@ RECORD = optax.trace(decay=0.0)
 ALL = 10**6
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiles():
-  """Tests compile far more than they run: half the time without XLA's later optimisations."""
-  kept = sharding.compiler_options
-  sharding.compiler_options = lambda mesh=None: {
-      'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-  yield
-  sharding.compiler_options = kept
-
-
 @pytest.fixture(scope='module')
 def params():
   # Weights of about 1: with those of the usual initialisation all gradients but few are tiny.

@@ -32,10 +32,7 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def quick_compiles(monkeypatch):
-  """One device, and no late optimisations: a run here compiles more than it computes."""
-  monkeypatch.setattr(run.sharding, 'compiler_options', lambda mesh=None: {
-      'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True})
+def one_device(monkeypatch):
   mesh = run.sharding.make_mesh(devices=jax.devices()[:1])
   monkeypatch.setattr(run.sharding, 'make_mesh', lambda **sizes: mesh)
 

@@ -48,9 +48,10 @@ def _ids(results):
 
 
 @functools.cache
-def _logprobs(prompt, ids):
+def _logprobs(prompt, ids, dtype='float32'):
   x = jnp.asarray([(prompt + ids + (0,) * 128)[:128]])         # one compiled shape
-  logits_TV = jax.jit(decoder.logits, static_argnums=0)(CONFIG, _params(), x)[0]
+  logits = jax.jit(decoder.logits, static_argnums=0, static_argnames='dtype')
+  logits_TV = logits(CONFIG, _params(), x, dtype=dtype)[0]
   at = len(prompt) - 1
   return np.asarray(jax.nn.log_softmax(logits_TV[at:at + len(ids)], -1))
 
@@ -116,6 +117,19 @@ def test_logprobs_are_those_of_the_decoder(options):
         np.testing.assert_allclose(s.sampler_logprobs, want[range(24), s.ids], atol=1e-5)
       else:
         assert all(a > b for a, b in zip(s.sampler_logprobs, s.model_logprobs))
+
+
+def test_in_bfloat16_they_are_as_near_those_of_float32_as_the_decoder_is():
+  requests = [sampler.Request(_prompt(n, n), samples=2) for n in (1, 40, 70)]
+  out = _sampler(dtype='bfloat16').generate(_params(), requests, KEY)
+  off, usual = [], []
+  for request, samples in zip(requests, out):
+    for s in samples:
+      want, narrow = (_logprobs(request.prompt_ids, s.ids, dtype)[range(24), s.ids]
+                      for dtype in ('float32', 'bfloat16'))
+      off.append(np.abs(s.model_logprobs - want))
+      usual.append(np.abs(narrow - want))
+  assert 0 < np.mean(off) < 1.5 * np.mean(usual) < 0.3
 
 
 def test_neighbours_slots_and_order_do_not_change_a_row():

@@ -52,7 +52,7 @@ for shape in ((4, 1, 1), (1, 2, 2), (1, 1, 4)):
   prefix = compile(mesh, prefill, params, *[ints(1, 128)] * 3, None, None, kernels=1)
   compile(mesh, prefill, params, *[ints(8, 256)] * 3, prefix, ints(128), kernels=1)
   weights = compile(mesh, lambda p: decoding.weights(model, p, jnp.bfloat16, mesh), params)
-  cache = compile(mesh, lambda: decoding.empty_cache(model, 16, 512, jnp.bfloat16, mesh))
+  cache = compile(mesh, lambda: decoding.empty_cache(model, 16, 512, jnp.bfloat16, mesh, 'tpu'))
   number = jax.ShapeDtypeStruct((), jnp.float32)
   compile(mesh, functools.partial(decoding.decode, model, chunk=8, dtype=jnp.bfloat16, mesh=mesh,
                                   platform='tpu'),
