@@ -3,6 +3,7 @@
 
     python benchmarks/generate.py                                    SmolLM2-135M, B = 1, 8, 32, 64
     python benchmarks/generate.py --sides=jax,tunix --tunix=PYTHON   of an environment with Tunix
+    python benchmarks/generate.py --sides=jax,jax:bfloat16,hf:bfloat16
     python benchmarks/generate.py --variable                         continuous against static batch
     python benchmarks/generate.py --shared                           8 answers to each long prompt
     python benchmarks/generate.py --model=qwen2.5-1.5b --dtype=bfloat16 --batches=1,32,256 \\
@@ -33,7 +34,8 @@ MODELS = {'smollm2': 'HuggingFaceTB/SmolLM2-135M-Instruct', 'qwen2.5-1.5b': QWEN
 def main() -> None:
   flags = flags_of()
   if flags.side:
-    {'jax': _serve_jax, 'hf': _serve_hf, 'tunix': _serve_tunix}[flags.side](flags)
+    sides = {'jax': _serve_jax, 'hf': _serve_hf, 'tunix': _serve_tunix}
+    sides[_kind(flags.side)](flags)
     return
   with tempfile.TemporaryDirectory() as folder:
     flags.folder = flags.folder or folder
@@ -46,8 +48,8 @@ def main() -> None:
 
 def _compare(flags) -> None:
   sides = [Side(name, flags) for name in flags.sides.split(',')]
-  names = ' '.join(f'{s.name + " tok/s":>14s}' for s in sides)
-  others = ' '.join(f'{"x " + s.name:>8s} {"in cpu":>7s}' for s in sides[1:])
+  names = ' '.join(f'{s.name + " tok/s":>18s}' for s in sides)
+  others = ' '.join(f'{"x " + s.name:>14s} {"in cpu":>7s}' for s in sides[1:])
   print(f'prompt {flags.prompt}, {flags.new} new tokens, {flags.dtype}, {flags.rounds} rounds, '
         f'medians\n{"B":>4s} {names} {others} {"limit tok/s":>12s} {"share":>6s}', flush=True)
   for B in map(int, flags.batches.split(',')):
@@ -60,12 +62,12 @@ def _compare(flags) -> None:
         answers[side.name].append(side.ask(job))
     middle = {name: statistics.median(a['seconds'] for a in x) for name, x in answers.items()}
     cpu = {name: statistics.median(a['cpu_s'] for a in x) for name, x in answers.items()}
-    speeds = ' '.join(f'{B * flags.new / middle[s.name]:14.1f}' for s in sides)
+    speeds = ' '.join(f'{B * flags.new / middle[s.name]:18.1f}' for s in sides)
     ours, *rest = (s.name for s in sides)
     ratios = ' '.join(
-        f'{middle[x] / middle[ours]:8.2f} {cpu[x] / cpu[ours]:7.2f}' for x in rest)
+        f'{middle[x] / middle[ours]:14.2f} {cpu[x] / cpu[ours]:7.2f}' for x in rest)
     line = f'{B:4d} {speeds} {ratios} '
-    if ours == 'jax':                                          # only this side knows its limit
+    if _kind(ours) == 'jax':                                   # only this side knows its limit
       limit = sides[0].ask(job | {'limit': True})
       line += (f'{B * flags.new / limit["seconds"]:12.1f} {limit["seconds"] / middle[ours]:6.2f}   '
                f'{limit["text"]}')
@@ -113,16 +115,22 @@ def _shared(side, flags) -> None:
         f'{middle["each"]:.2f} s as 32 prompts: 1/{middle["each"] / middle["shared"]:.1f}')
 
 
+def _kind(name):
+  return name.partition(':')[0]
+
+
 class Side:
   """One process that answers a line of JSON with a line of JSON."""
 
   def __init__(self, name, flags):
     self.name = name
-    python = flags.tunix if name == 'tunix' else sys.executable
+    python = flags.tunix if _kind(name) == 'tunix' else sys.executable
     command = [python, str(pathlib.Path(__file__).resolve()), f'--side={name}']
     for key, value in vars(flags).items():
       if key != 'side' and not isinstance(value, bool):
         command.append(f'--{key}={value}')
+    if ':' in name:
+      command.append(f'--dtype={name.partition(":")[2]}')
     self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                     text=True)
     self._read()
@@ -164,7 +172,8 @@ def _serve_jax(flags) -> None:
   if flags.devices > 1:                                        # counts only without an accelerator
     jax.config.update('jax_num_cpu_devices', flags.devices)
   config, params, _ = loading.load(MODELS.get(flags.model, flags.model), dtype=flags.dtype)
-  if 'hf' in flags.sides.split(','):
+  sides = flags.sides.split(',')
+  if 'hf' in map(_kind, sides) and flags.side == sides[0]:
     hf.save(config, params, pathlib.Path(flags.folder) / 'model')
   mesh = sharding.make_mesh(data=flags.devices) if flags.devices > 1 else None
   ours = sampler.Sampler(config, mesh, pad_id=0, stop_ids=[], slots=flags.slots, chunk=flags.chunk,
@@ -251,7 +260,7 @@ def _serve_hf(flags) -> None:
   path = pathlib.Path(flags.folder) / 'model'
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   dtype = getattr(torch, flags.dtype)
-  if 'jax' in flags.sides.split(','):
+  if _kind(flags.sides.split(',')[0]) == 'jax':
     while not (path / 'config.json').exists():                 # the other side writes it
       time.sleep(0.5)
     time.sleep(1.0)
@@ -327,7 +336,8 @@ def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument('--prompt', type=int, default=64)
   parser.add_argument('--new', type=int, default=64)
   parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--sides', default='jax,hf', help='jax and any of hf, tunix')
+  parser.add_argument('--sides', default='jax,hf', help='jax and any of hf, tunix; '
+                      'NAME:DTYPE is one in another dtype')
   parser.add_argument('--tunix', default=sys.executable, help='interpreter that has google-tunix')
   parser.add_argument('--slots', type=int, default=64)
   parser.add_argument('--chunk', type=int, default=16)

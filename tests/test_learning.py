@@ -4,6 +4,7 @@
 Smaller than configs/tiny.py, so that it fits a test run; docs/learning.md has the long runs.
 """
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -32,11 +33,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope='module')
 def scores(tmp_path_factory):
-  """{control: (items of the base, items after the run)} of two command lines."""
+  """scores(control) -> (items of the base, items after the run), played by a command line once."""
   flags = [f'--config.{field}={value}' for field, value in CHANGES.items()]
   environment = os.environ | {'XLA_FLAGS': '', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
-  out = {}
-  for control in ('none', 'random_rewards'):       # in turn: the second finds compiled programs
+
+  @functools.cache
+  def play(control='none'):
     workdir = epath.Path(tmp_path_factory.mktemp(control))
     played = subprocess.run(
         [sys.executable, '-m', 'absolute_zero_jax.main', '--config',
@@ -44,9 +46,9 @@ def scores(tmp_path_factory):
         capture_output=True, text=True, env=environment, timeout=900)
     assert played.returncode == 0, played.stderr
     print(played.stdout)
-    out[control] = tuple(evaluate.read_items(workdir / 'heldout' / f'{step:06d}.jsonl')
-                         for step in (0, STEPS))
-  return out
+    return [evaluate.read_items(workdir / 'heldout' / f'{step:06d}.jsonl') for step in (0, STEPS)]
+
+  return play
 
 
 def _gain(before, after, quantity='sampled'):
@@ -54,15 +56,17 @@ def _gain(before, after, quantity='sampled'):
 
 
 def test_self_play_raises_the_sampled_mean_beyond_its_noise(scores):
-  gain, low, _ = _gain(*scores['none'])
+  gain, low, _ = _gain(*scores())
   assert low > 0.01, f'sampled mean {gain:+.3f}, 95 % from {low:+.3f}'
 
 
+@pytest.mark.slow
 def test_random_rewards_do_not(scores):
+  coins = scores('random_rewards')
   for quantity in ('sampled', 'greedy'):
-    gain, low, _ = _gain(*scores['random_rewards'], quantity)
+    gain, low, _ = _gain(*coins, quantity)
     assert low <= 0.01, f'{quantity} {gain:+.3f}, 95 % from {low:+.3f}'
   # And the true rewards end above the coins, program by program.
-  assert scores['none'][0] == scores['random_rewards'][0]
-  gain, low, _ = _gain(scores['random_rewards'][1], scores['none'][1])
+  assert scores()[0] == coins[0]
+  gain, low, _ = _gain(coins[1], scores()[1])
   assert low > 0.01, f'sampled mean {gain:+.3f} over coins, 95 % from {low:+.3f}'
