@@ -144,11 +144,31 @@ def test_only_the_input_that_kills_its_process_is_lost():
   verdict, units = _drive(
     _trial(Job('run', _F, ('1', '2', '3'), ('1', '2', '3'))),
     ([_value(1)], Status.TIMEOUT),
+    ([], Status.TIMEOUT),                # it had the whole limit, and no input before it
     [_value(3)],
   )
-  assert [u.inputs for u in units] == [('1', '2', '3'), ('3',)]
+  assert [u.inputs for u in units] == [('1', '2', '3'), ('2', '3'), ('3',)]
   assert [r.status for r in verdict.runs] == [Status.OK, Status.TIMEOUT, Status.OK]
   assert verdict.status is Status.TIMEOUT and verdict.runs[2].matches
+
+
+@pytest.mark.parametrize('end', [Status.TIMEOUT, Status.MEMORY])
+def test_a_limit_that_others_used_up_costs_no_input(end):
+  cache = verify.Cache(10)
+  verdict, units = _drive(
+    verify.Trial(Job('run', _F, ('1', '2', '3'), ('1', '2', '3')), verify.Rules(), cache),
+    ([_value(1), _value(2)], end), [_value(3)])
+  assert [u.inputs for u in units] == [('1', '2', '3'), ('3',)]
+  assert verdict.status is Status.OK and all(r.matches for r in verdict.runs)
+  again = verify.Trial(Job('run', _F, ('3',), ('3',)), verify.Rules(), cache).verdict
+  assert again.runs[0].matches
+  # As often as a program may die; what is given up then is not remembered.
+  cache, used = verify.Cache(10), ([_value(1)], end)
+  verdict, units = _drive(
+    verify.Trial(Job('run', _F, tuple(map(str, range(9)))), verify.Rules(), cache), *[used] * 4)
+  assert [len(u.inputs) for u in units] == [9, 8, 7, 6]
+  assert [r.status for r in verdict.runs] == [Status.OK] * 4 + [end] * 5
+  assert verify.Trial(Job('run', _F, ('4',)), verify.Rules(), cache).verdict is None
 
 
 def test_a_program_that_keeps_dying_is_given_up():
@@ -263,7 +283,7 @@ def test_outcomes_are_remembered_but_not_those_of_a_shorter_limit():
   cache, rules = verify.Cache(10), verify.Rules()
   _drive(
     verify.Trial(Job('run', _F, ('1', '2')), rules, cache),
-    ([_value(1)], Status.TIMEOUT),
+    ([_value(1)], Status.TIMEOUT), ([], Status.TIMEOUT),
   )
   assert verify.Trial(Job('run', _F, ('1', '2'), ('1', '2')), rules, cache).verdict.runs[0].matches
   assert cache.hits == 2

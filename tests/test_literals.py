@@ -249,3 +249,32 @@ def test_a_call_of_f_in_an_input_asks_for_its_result():
     literals.parse_inputs('f([1, 2]) + f(3)', {})
   assert needs.value.inputs == '[1, 2]'
   assert literals.parse_inputs('f([1, 2]) + f(3)', {'[1, 2]': 5, '3': 7}).text == '12'
+
+
+@pytest.mark.parametrize('text', [
+  'set(range(0, 2**63 * 4096, 2**61 - 1))', 'dict(zip(range(0, 2**73, 2**61 - 1), range(4096)))',
+  'set(list(range(0, 37778931862957161693184, 2305843009213693951)))',
+  '{i * (2**61 - 1) for i in range(3000)}', '{i * (2**61 - 1): 0 for i in range(3000)}',
+  "bytes('" + ''.join(chr(0x4e00 + 7 * i % 2000) for i in range(2000)) + "', 'punycode')",
+])
+def test_what_is_dear_to_build_is_refused_before_it_is_built(text):
+  """Numbers that share a hash, and codecs of quadratic time: one thread serves everybody."""
+  started = time.process_time()
+  for fold in (False, True):
+    with pytest.raises(literals.LiteralError):
+      literals.parse_value(text, fold=fold)
+  with pytest.raises(literals.LiteralError):
+    literals.parse_inputs(text)
+  assert time.process_time() - started < 0.3
+
+
+def test_many_equal_or_ordinary_members_are_built():
+  assert literals.parse_value('{i % 7 for i in range(4000)}', fold=True) == set(range(7))
+  assert len(literals.parse_value('set(range(4000))')) == 4000
+
+
+@pytest.mark.parametrize('text', [
+  "bytes('abc', 'utf-8')", "float('007_0.50')", "float(' 1e3 ')", 'float(3)', "complex('1+2j')"])
+def test_an_answer_leaves_no_reading_to_the_checker(text):
+  with pytest.raises(literals.LiteralError, match='conversion'):
+    literals.parse_value(text)

@@ -231,3 +231,19 @@ def test_real_programs_pass_but_for_named_reasons(shared_data):
     'import cv2': 1,
     'name open': 1,
   }
+
+
+@pytest.mark.parametrize('source', [
+  'import statistics\ns = statistics\ndef f(x):\n  return s.random.random()',
+  'import statistics\ndef f(x, s=statistics):\n  return s.random.random()',
+  'import statistics\ndef f(x):\n  return [statistics][0].random.random()',
+  'import typing as t\ndef f(x):\n  u = t\n  return u.sys.modules',
+  'import statistics\ndef f(x):\n  return getattr(statistics, "ran" + "dom")',
+])
+def test_a_module_is_no_value(source):
+  with pytest.raises(policy.PolicyError, match='as a value'):
+    policy.gate(source)
+
+
+def test_a_variable_may_have_the_name_of_a_module():
+  policy.gate('import string\ndef f(string):\n  return string')

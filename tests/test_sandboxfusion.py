@@ -111,6 +111,11 @@ def test_verdicts_are_those_of_the_local_executor(fusion):
     Job('run', '1/0\ndef f(x): return x', ('0', '1')),
     Job('compare', inputs=('1', '1.0'), expected=('1', '1')),
     Job('run', 'def f(x):\n  raise SystemExit', ('0',)),
+    Job('run', 'def f(x):\n  return x', ('...',)),
+    Job('run', 'from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\n'
+        'class A:\n  x: int\ndef f(x):\n  return A(x).x', ('1',)),
+    Job('run', 'n = 0\ndef f(x):\n  global n\n  n += 1\n  return n', ('1', '2')),
+    Job('run', 'def f(x):\n  return "é" * 79000', tuple(map(str, range(10)))),
   ]
   with room.Executor(workers=2, score_timeout_s=1.0) as local:
     ours = local.run(jobs)

@@ -153,35 +153,42 @@ def _send(outcomes: list, _write=os.write) -> None:
 
 def run(program: bytes | str, inputs: list[bytes], repeat: int, expect_error: bool, send,
         _loads=marshal.loads) -> None:
-  """Runs `f` on each input `repeat` times; `send` gets one list of outcomes per input."""
-  # `dataclasses` and `typing` look a class's annotations up in its module.
-  module = sys.modules['task'] = type(sys)('task')
-  namespace = module.__dict__
-  namespace['__builtins__'] = __builtins__
+  """Runs `f` on each input `repeat` times; `send` gets one list of outcomes per input.
+
+  Where an input runs once, the program is loaded anew for each, so that it cannot count them.
+  """
   try:
     if type(program) is bytes:
       code = _loads(program)
     else:
       code = compile(program, '<task>', 'exec', dont_inherit=True)
     del program            # or it would be one more thing for the program to find
-    exec(code, namespace)
-    function = namespace['f']
+    function = _load(code)
   except BaseException as e:
     send([['m', values.type_name(type(e))]])
     return
-  names = {**_INPUT_NAMES, 'f': function}
-  for packed in inputs:
+  for i, packed in enumerate(inputs):
     call = None
     outcomes = []
     for _ in range(repeat):
       try:
+        if i and repeat == 1:
+          function = _load(code)
         call = call or _loads(packed)
-        result = eval(call, dict(names))
+        result = eval(call, {**_INPUT_NAMES, 'f': function})
         outcomes.append(['r'] if expect_error else _outcome(result))
         del result
       except BaseException as e:
         outcomes.append(['x', values.type_name(type(e))])
     send(outcomes)
+
+
+def _load(code):
+  # `dataclasses` and `typing` look a class's annotations up in its module.
+  module = sys.modules['task'] = type(sys)('task')
+  module.__dict__['__builtins__'] = __builtins__
+  exec(code, module.__dict__)
+  return module.__dict__['f']
 
 
 def _outcome(result) -> list:

@@ -25,6 +25,7 @@ MAX_NESTING = 100
 _MAX_BITS = 1 << 14
 _MAX_LENGTH = 1 << 14       # members of a folded container or characters of a folded string
 _MAX_ARGUMENTS = 64
+_MAX_CLASHES = 256          # members of a set that have the hash of another one
 
 
 class LiteralError(values.ValuesError):
@@ -192,6 +193,21 @@ def _bounded(x: Any) -> Any:
   return x
 
 
+def _check_hashes(members: Any) -> None:
+  """Refuses members of a set or dict that meet in one place: numbers that differ by 2**61 - 1.
+
+  Putting n of those in compares n**2 / 2 pairs.
+  """
+  first_of, clashes = {}, 0
+  for x in members:
+    if type(x) is list or type(x) is dict or type(x) is set:      # not hashable: the caller says so
+      return
+    first = first_of.setdefault(hash(x), x)
+    clashes += first is not x and first != x
+    if clashes > _MAX_CLASHES:
+      raise LiteralError('too big')
+
+
 def _mul(a, b):
   for x, y in ((a, b), (b, a)):
     if type(x) is int and not isinstance(y, (int, float, complex)):
@@ -237,9 +253,13 @@ _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 # Constructors of values that have no literal of their own; allowed in answers too.
 _CONSTRUCTORS = {'set': set, 'frozenset': frozenset, 'dict': dict, 'list': list, 'tuple': tuple,
                  'float': float, 'complex': complex, 'bytes': bytes, 'range': range}
-# What they take in an answer: `list(set(x))` would have the checker sort and drop repeats.
+# What they take in an answer: `list(set(x))` would have the checker sort and drop repeats, and
+# `float('007_0.50')` would have it read.
 _TAKES = dict.fromkeys(('list', 'tuple'), (list, tuple, range)) | dict.fromkeys(
-    ('set', 'frozenset'), (list, tuple, range, set, frozenset)) | {'dict': (list, tuple, dict)}
+    ('set', 'frozenset'), (list, tuple, range, set, frozenset)) | {
+        'dict': (list, tuple, dict), 'bytes': (list, tuple, range), 'float': (str, float),
+        'complex': (int, float)}
+_NOT_A_NUMBER = re.compile(r'[+-]?(nan|inf|infinity)', re.IGNORECASE)
 _CALLS = {**_CONSTRUCTORS, 'int': int, 'str': str, 'bool': bool, 'len': len, 'sum': sum, 'min': min,
           'max': max, 'abs': abs, 'round': _round, 'sorted': sorted, 'ord': ord, 'chr': chr,
           'reversed': lambda x: list(x)[::-1], 'enumerate': lambda *a: list(
@@ -332,6 +352,8 @@ class _Folder:
     self._has_grown = True
     made = []
     self._loop(n, n.generators, made)
+    if type(n) in (ast.DictComp, ast.SetComp):
+      _check_hashes([key for key, _ in made] if type(n) is ast.DictComp else made)
     if type(n) is ast.DictComp:
       return dict(made)
     return set(made) if type(n) is ast.SetComp else made
@@ -378,15 +400,30 @@ class _Folder:
       function = allowed.get(n.func.id)
       if function is None or (kwargs and n.func.id not in ('dict', 'sorted', 'max', 'min')):
         raise LiteralError(f'call of {n.func.id[:40]!r}')
-      if n.func.id == 'bytes' and args and type(args[0]) is int:
-        raise LiteralError('too big')
-      if not self._expressions and not all(
-          isinstance(a, _TAKES.get(n.func.id, object)) for a in args):
-        raise LiteralError('conversion')
+      self._check_call(n.func.id, args)
       return _bounded(function(*args, **kwargs))
     if type(n.func) is not ast.Attribute or not self._expressions:
       raise LiteralError('call')
     return self._method(self.value(n.func.value), n.func.attr, args, kwargs)
+
+  def _check_call(self, name: str, args: list) -> None:
+    """Refuses what costs much before its size shows, and in answers, what is work."""
+    first = args[0] if args else ()
+    if name == 'bytes':
+      if type(first) is int:
+        raise LiteralError('too big')
+      # Codecs are work, and some take quadratic time.
+      if type(first) is str and not (self._expressions and args[1:] in (['utf-8'], ['ascii'])):
+        raise LiteralError('conversion')
+    if name in ('set', 'frozenset', 'dict'):
+      is_pairs = name == 'dict' and type(first) in (list, tuple)
+      _check_hashes([pair[0] for pair in first] if is_pairs else first)
+    if self._expressions:
+      return
+    if not all(isinstance(a, _TAKES.get(name, object)) for a in args):
+      raise LiteralError('conversion')
+    if name == 'float' and type(first) is str and not _NOT_A_NUMBER.fullmatch(first):
+      raise LiteralError('conversion')
 
   def _method(self, receiver: Any, name: str, args: list, kwargs: dict) -> Any:
     if type(receiver) is str and name == 'join' and len(args) == 1:

@@ -7,7 +7,7 @@ must hold with the gate switched off.
 
 Rules: at most `MAX_SOURCE_CHARS` of text; parses and compiles; a plain `def f` at top level; only
 modules of the allow-list, by whatever spelling (`import`, `from`, alias, `__import__`, importlib,
-the private attribute of another module); no name or attribute that leads out of the program
+the private attribute of another module), and none as a value, which may be an alias; no name or attribute that leads out of the program
 (`eval`, `open`, `__subclasses__`, `__globals__`, ...). Classes may define special methods.
 """
 
@@ -152,12 +152,16 @@ class _Walk:
     self._aliases: set[str] = set()
 
   def check(self, tree: ast.Module) -> None:
-    attributes = []          # judged last, when every alias is known
+    attributes, names, bound = [], [], set()     # judged last, when every alias is known
     todo: list[ast.AST] = [tree]
     for node in todo:        # grows; breadth first, so that the first offence is named
       t = type(node)
       if t is ast.Name:
         self._name(node.id)
+        if type(node.ctx) is ast.Load:
+          names.append(node)
+        else:
+          bound.add(node.id)
         continue
       if t is ast.Expr and type(node.value) is ast.Constant:
         continue               # a docstring
@@ -167,6 +171,8 @@ class _Walk:
         continue
       if t is ast.Attribute:
         attributes.append(node)
+      elif t is ast.arg:
+        bound.add(node.arg)
       elif t is ast.MatchClass:
         for name in node.kwd_attrs:
           self._attribute_name(name)
@@ -186,6 +192,11 @@ class _Walk:
           todo.append(child)
     for node in attributes:
       self._attribute(node)
+    # A module that is passed on as a value would hide what is taken from it.
+    receivers = {id(node.value) for node in attributes}
+    for node in names:
+      if node.id in self._aliases and id(node) not in receivers and node.id not in bound:
+        raise PolicyError(f'module {node.id[:40]} as a value')
 
   def _allow(self, name: str) -> None:
     root = name.partition('.')[0]

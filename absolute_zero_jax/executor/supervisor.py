@@ -11,7 +11,6 @@ memory, environment or descriptors. It ends when its client does, and its zygote
 from collections import Counter, deque
 import gc
 import heapq
-import itertools
 import json
 import os
 import signal
@@ -46,7 +45,6 @@ class Supervisor:
     self._inbox, self._outbox = wire.Inbox(), bytearray()
     self._queues: dict[str, list[workers.Work]] = {'a': [], 'b': [], '': []}     # '': any group
     self._in_flight: dict[reports.Unit, workers.Work] = {}
-    self._order = itertools.count()
     self._poller = poller.Poller()
     self._zygotes: list[workers.Zygote] = []
     self._failed_starts = 0
@@ -122,7 +120,7 @@ class Supervisor:
     for unit in request.trial.take():
       work = self._in_flight.get(unit)
       if work is None:
-        work = self._in_flight[unit] = workers.Work(unit, request.priority, next(self._order))
+        work = self._in_flight[unit] = workers.Work(unit, request.priority, request.number)
         heapq.heappush(self._queue(unit), work)
       else:
         self._count['shared'] += 1

@@ -11,7 +11,8 @@ has processes drives it:
 'validate' runs each input twice in one process of group 'a', then once in a process of group 'b',
 which has another hash seed and another address layout, in reverse order, so that what one input
 leaves behind for the next shows. 'run' runs each input once, anywhere. An input that kills its
-process costs that input only: the rest run in a fresh one.
+process costs that input only: the rest run in a fresh one. One that met a limit after others had
+used some of it runs once more, in front of the rest.
 """
 
 from collections import OrderedDict
@@ -86,7 +87,8 @@ class Trial:
     self._program, self._key = '', ''
     self._units: list[reports.Unit] = []
     self._places: dict[reports.Unit, list[int]] = {}
-    self._deaths, self._wall_s, self._cpu_s = 0, 0.0, 0.0
+    self._deaths = self._again = 0
+    self._wall_s = self._cpu_s = 0.0
     self._second_look = False
     self._safely(self._start)
 
@@ -219,16 +221,28 @@ class Trial:
       self._settle(i, unit, frame.outcomes)
     rest = part[len(frames):]
     if rest:
-      end = report.end if report.end is not Status.OK else Status.CRASHED
+      self._go_on(unit, rest, report, len(frames))
+    self._finish_if_done()
+
+  def _go_on(self, unit: reports.Unit, rest: list[int], report: reports.Report, ran: int) -> None:
+    """After a process that died at `rest[0]`, with `ran` inputs behind it."""
+    end = report.end if report.end is not Status.OK else Status.CRASHED
+    # The inputs of a process share its time and memory: where others used some, once more in front.
+    is_shared = ran > 0 and end in (Status.TIMEOUT, Status.MEMORY)
+    if is_shared and self._again < _MAX_DEATHS:
+      self._again += 1
+      self._schedule(unit.group, rest)
+      return
+    self._deaths += 1
+    if not is_shared:
       died = reports.Outcome(end, error=report.error, limit_s=unit.timeout_s)
       self._settle(rest[0], unit, (died,))
-      self._deaths += 1
       rest = rest[1:]
-      if rest and self._deaths < _MAX_DEATHS:
-        self._schedule(unit.group, rest)
-      for i in rest if self._deaths >= _MAX_DEATHS else ():
-        self._outcomes[i] = reports.Outcome(end, error='not run')
-    self._finish_if_done()
+    if rest and self._deaths < _MAX_DEATHS and not is_shared:
+      self._schedule(unit.group, rest)
+      return
+    for i in rest:
+      self._outcomes[i] = reports.Outcome(end, error='not run')
 
   def _settle(self, i: int, unit: reports.Unit, outcomes: tuple[reports.Outcome, ...]) -> None:
     """Combines the outcomes of one input's repetitions, and with those of the first process."""
