@@ -12,6 +12,7 @@ import json
 import statistics
 
 Counts = Mapping[str, Mapping[str, int]]   # type name -> text of the value -> how often
+_MAX_TREE_CHARS = 1 << 14        # two of so many take about a second to compare
 
 
 def complexity(program: str) -> float:
@@ -44,9 +45,10 @@ def mean_edit_distance(program: str, references: Sequence[str]) -> float:
   """Mean over the references of 1 - difflib ratio between the programs' trees; 0 without any.
 
   A pair of which one is no Python counts as 0. The trees are written as indented JSON and compared
-  by character, so a pair costs time quadratic in its size; programs are short.
+  by character, which takes time quadratic in their size: of each, the first `_MAX_TREE_CHARS`.
   """
-  trees = [_tree_json(p) for p in (program, *references)]
+  trees = [tree and tree[:_MAX_TREE_CHARS]
+           for tree in map(_tree_json, (program, *references))]
   own, others = trees[0], trees[1:]
   return statistics.fmean(
       0.0 if own is None or other is None

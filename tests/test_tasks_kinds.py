@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from absolute_zero_jax import buffer, tasks
-from absolute_zero_jax.tasks import identity, program, prompts, seed_files, text
+from absolute_zero_jax.tasks import identity, induction, program, prompts, seed_files, text
 from absolute_zero_jax.types import Job, Run, Status, Verdict
 
 SOURCE = 'def f(a, b):\n    return a * b'
@@ -322,3 +322,23 @@ def test_a_broken_seed_file_names_the_line(tmp_path):
     seed_files.read(path)
   with pytest.raises(ValueError, match='separate files'):
     seed_files.write(path, [*tasks.get('deduction').seeds(), *tasks.get('induction').seeds()])
+
+
+def test_inputs_that_python_takes_for_one_are_one_input():
+  """A table of the shown pairs would answer hidden ones: 1, 1.0 and True are one key."""
+  answer = '\n'.join(f'```input\n{i}\n```' for i in ('1', '2', '1.0', 'True', '3', '[1]', '[1.0]'))
+  found = _induction().parse_proposal(f'{answer}\n```message\nm\n```', [
+      dataclasses.replace(_task(), program='def f(x):\n  return x')])
+  assert found.inputs == ('1', '2', '3', '[1]')
+
+
+def test_a_message_may_not_tell_a_program_of_one_line():
+  source = 'def f(x: int) -> list: return sorted(set(x))[::-1][:3]'
+  assert induction._tells_code('do return sorted(set(x))[::-1][:3] to it', source)
+  assert not induction._tells_code('the three largest, once each', source)
+
+
+def test_a_program_may_not_call_its_error_no_error():
+  source = 'class NoError(Exception): pass\ndef f(x):\n  raise NoError'
+  kind = tasks.get('error')
+  assert kind.to_task(tasks.Proposal(source, ('1',)), [_ok(('1', 'NoError'))], 1) == 'error_name'

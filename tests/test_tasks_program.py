@@ -162,7 +162,7 @@ def f(x, n=-1.5):
   finally: nonlocal_ = not x < y <= 3
   return [*x], {v for v in x}, x if y else (yield from y)
 '''
-  assert identity.key('program', source) == '2921628bf9e096bc26c82de43a21ae29'
+  assert identity.key('program', source) == 'ebd3e0a35f437fd65d2748c138f9e381'
 
 
 def test_key_covers_kind_and_inputs_and_odd_text():
@@ -230,3 +230,57 @@ def test_the_shape_of_an_f_string_keeps_its_parts():
 def test_one_word_is_not_taken_for_its_letters(option):
   with pytest.raises(ValueError, match=r"rules\..* must be a tuple of texts, such as \('"):
     program.Rules(**option)
+
+
+@pytest.mark.parametrize('plain, others', [
+  ('def f(x):\n  y = x + 1\n  return y', [
+    'def f(x):\n  y: int = x + 1\n  return y', 'def f(x):\n  z: "a"\n  y = x + 1\n  return y',
+    'def f(x):\n  global q\n  y = x + 1\n  return y',
+    'def f(x: int) -> int:\n  w = x + 1\n  return w',
+    'global u\ndef f(x):\n  y = x + 1\n  return y']),
+  ('n = 0\ndef f(x):\n  global n\n  n += x\n  return n', [
+    'm = 0\ndef f(x):\n  global m\n  m += x\n  return m',
+    'm = 0\ndef f(x):\n  global m, m, k\n  m += x\n  return m']),
+  ('import math, re\ndef f(x):\n  return math.floor(x)', [
+    'import math\nimport re\ndef f(x):\n  return math.floor(x)']),
+  ('import math as m\ndef f(x):\n  return m.floor(x)', [
+    'import math as q\ndef f(y):\n  return q.floor(y)']),
+  ('def f(x):\n  match x:\n    case {"a": 1, **r}: return r', [
+    'def f(x):\n  match x:\n    case {"a": 1, **s}: return s']),
+  ('def f(x):\n  return x.count(1)', ['def f(count):\n  return count.count(1)']),
+  ('def f(x):\n  return sorted(x, reverse=True)', [
+    'def f(reverse):\n  return sorted(reverse, reverse=True)']),
+  ('def f(x):\n  return x + "a"', ['def f(x):\n  return x + u"a"']),
+])
+def test_idle_words_make_no_new_task(plain, others):
+  assert {identity.key('k', source) for source in (plain, *others)} == {identity.key('k', plain)}
+
+
+def test_names_that_are_reached_by_their_text_count():
+  for source, old, new in (
+      ('class A:\n  n = 1\n  m = 2\ndef f(x):\n  return A.n', ' n ', ' k '),
+      ('def g(*, a=1, b=2):\n  return a - b\ndef f(x):\n  return g(a=x)', '*, a=1, b=2',
+       '*, b=2, a=1'),
+      ('n = 0\ndef f(x):\n  global n\n  n = x\n  return g()\ndef g(): return n',
+       '  global n\n', '')):
+    assert old in source
+    assert identity.key('k', source) != identity.key('k', source.replace(old, new, 1))
+
+
+def test_an_answer_gets_the_imports_it_lacks_and_no_others():
+  theirs = ('from __future__ import annotations\nimport math, re\nfrom math import pow, sqrt\n'
+            'def f(x):\n  return 1')
+  missing = program.missing_imports
+  assert missing('def f(x):\n  return pow(x, 2)', theirs) == ['from __future__ import annotations']
+  assert missing('def f(x):\n  return math.pi + sqrt(x)', theirs)[1:] == [
+      'import math', 'from math import sqrt']
+  assert missing('import math\ndef f(re):\n  return math.pi', theirs)[1:] == []
+  star = 'from math import *\ndef f(x):\n  return 1'
+  assert missing('def f(x):\n  return pow(x, 2)', star) == []
+  assert missing('def f(x):\n  return ceil(x)', star) == ['from math import *']
+
+
+def test_only_what_needs_it_is_dedented():
+  source = 'def f(x):\n  return """a\n  \nb"""'
+  assert program.dedented(source) == source
+  assert program.dedented('  def f(x):\n    return x\n') == 'def f(x):\n  return x\n'

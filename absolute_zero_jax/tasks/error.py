@@ -57,9 +57,11 @@ class Error(deduction.Deduction):
               step: int) -> Task | str:
     """As for deduction; 'error_name' where no answer could give the exception's name."""
     task = super().to_task(proposal, verdicts, step)
-    if isinstance(task, str) or _ANSWERABLE.fullmatch(task.output):
+    if isinstance(task, str):
       return task
-    return 'error_name'
+    tree = text.parse(task.program)
+    is_ambiguous = tree is not None and NO_ERROR in program.bound_names(tree)
+    return 'error_name' if is_ambiguous or not _ANSWERABLE.fullmatch(task.output) else task
 
   def parse_answer(self, answer: str) -> str | None:
     """The first identifier of the answer, e.g. `ValueError` of `ValueError: bad digit`."""

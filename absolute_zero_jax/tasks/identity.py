@@ -2,6 +2,7 @@
 """When two programs are the same one: decides what is a duplicate, and what is on the test side."""
 
 import ast
+import builtins
 from collections.abc import Sequence
 import hashlib
 
@@ -11,9 +12,9 @@ from absolute_zero_jax.tasks import program, text
 def key(kind: str, source: str, inputs: Sequence[str] = ()) -> str:
   """Hash of a task; equal keys are duplicates.
 
-  Formatting, comments, docstrings, annotations of functions, statements that are never reached or
-  do nothing, and local names of the program do not count: names it binds are replaced by their
-  order of appearance. Text that is no Python is hashed as it stands.
+  Formatting, comments, docstrings, annotations, statements that are never reached or do nothing,
+  and names that the program binds do not count: those are replaced by their order of appearance.
+  Text that is no Python is hashed as it stands.
   """
   tree = text.parse(source)
   said = source if tree is None else _canonical(tree)
@@ -38,30 +39,84 @@ def has_unreachable(source: str) -> bool:
 
 def _canonical(tree: ast.Module) -> str:
   _drop_idle(tree)
-  for node in ast.walk(tree):
-    if isinstance(node, ast.arg):
-      node.annotation = None
-    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-      node.returns = None
-  # Left alone: f, imported names, and names that are also reached as attribute or keyword.
-  fixed, nodes = {'f'}, list(ast.walk(tree))
+  tree = _Plain().visit(tree)
+  nodes = list(ast.walk(tree))
+  # Left alone: f, and names that are also reached by their text: as attribute or keyword.
+  fixed, has_class = {'f'}, any(isinstance(node, ast.ClassDef) for node in nodes)
   for node in nodes:
-    if isinstance(node, ast.alias):
-      fixed.add((node.asname or node.name).split('.')[0])
-    elif isinstance(node, ast.Attribute):
+    if isinstance(node, ast.alias) and not node.asname:
+      fixed.add(node.name.split('.')[0])
+    elif isinstance(node, ast.Attribute) and has_class:
       fixed.add(node.attr)
-    elif isinstance(node, ast.keyword) and node.arg:
-      fixed.add(node.arg)
-    elif isinstance(node, ast.Global | ast.Nonlocal):
-      fixed.update(node.names)
+    elif isinstance(node, ast.Call) and not _is_of_builtin(node.func, has_class):
+      fixed.update(keyword.arg for keyword in node.keywords if keyword.arg)
+    elif isinstance(node, ast.MatchClass | ast.ClassDef):
+      fixed.update(getattr(node, 'kwd_attrs', ()))
+      fixed.update(keyword.arg for keyword in getattr(node, 'keywords', ()) if keyword.arg)
   names = dict.fromkeys(name for name in program.bound_names(tree) if name not in fixed)
   order = {name: f'<{i}>' for i, name in enumerate(names)}
   for node in nodes:
-    for field in ('id', 'arg', 'name'):
+    for field in ('id', 'arg', 'name', 'asname', 'rest'):
       value = getattr(node, field, None)
-      if isinstance(value, str) and not isinstance(node, ast.alias | ast.keyword):
+      if (isinstance(value, str) and not isinstance(node, ast.keyword)
+          and not (isinstance(node, ast.alias) and field == 'name')):
         setattr(node, field, order.get(value, value))
+    if isinstance(node, ast.Global | ast.Nonlocal):
+      node.names = sorted(order.get(name, name) for name in node.names)
   return _dump(tree)
+
+
+def _is_of_builtin(function: ast.expr, has_class: bool) -> bool:
+  """Whether keywords of the call name nothing of the program's: `sorted(x, reverse=True)`."""
+  if isinstance(function, ast.Attribute):
+    return not has_class
+  return isinstance(function, ast.Name) and hasattr(builtins, function.id)
+
+
+class _Plain(ast.NodeTransformer):
+  """Without annotations, idle `global`s and prefixes of texts; one import a statement."""
+
+  def __init__(self):
+    self._bound: list[set[str]] = []     # by the functions around
+
+  def visit_ClassDef(self, node):
+    # What a class annotates are its fields.
+    node.body = [statement if isinstance(statement, ast.AnnAssign) else self.visit(statement)
+                 for statement in node.body]
+    return node
+
+  def visit_FunctionDef(self, node):
+    node.returns = None
+    self._bound.append(set(program.bound_names(ast.Module(node.body, []))))
+    node = self.generic_visit(node)
+    self._bound.pop()
+    node.body = node.body or [ast.Pass()]
+    return node
+
+  def visit_arg(self, node):
+    node.annotation = None
+    return node
+
+  def visit_AnnAssign(self, node):
+    if node.value is None and node.simple:
+      return None
+    target = self.visit(node.target)
+    return ast.Assign([target], self.visit(node.value)) if node.value else ast.Expr(target)
+
+  def visit_Global(self, node):
+    bound = self._bound[-1] if self._bound else ()
+    node.names = [name for name in dict.fromkeys(node.names) if name in bound]
+    return node if node.names else None
+
+  def visit_Import(self, node):
+    return [type(node)(*(([alias],) if isinstance(node, ast.Import) else
+                         (node.module, [alias], node.level))) for alias in node.names]
+
+  visit_ImportFrom = visit_Import
+
+  def visit_Constant(self, node):
+    node.kind = None
+    return node
 
 
 def _dump(value: object) -> str:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Induction: given input/output pairs and a message, write the program (`code_f`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
-import textwrap
+import re
 
 from absolute_zero_jax import rewards
+from absolute_zero_jax.executor import literals, values
 from absolute_zero_jax.tasks import deduction, identity, probes, program, text
 from absolute_zero_jax.types import Job, Status, Task, Verdict
 
@@ -92,7 +93,7 @@ class Induction:
     inputs = [text.positional(source, i) for i in inputs if i is not None]
     inputs = [i for i in inputs if i is not None]
     if self.distinct_inputs:
-      inputs = list(dict.fromkeys(inputs))
+      inputs = _unlike(inputs)
     if len(inputs) < self.cases:
       return 'few_inputs'
     message = text.first(blocks, ('message',))
@@ -136,12 +137,12 @@ class Induction:
     found = text.last(blocks, text.PYTHON_LABELS)
     if found is None:
       found = text.last(blocks, ('',))
-    return textwrap.dedent(found).strip('\n') or None if found else None
+    return program.dedented(found).strip('\n') or None if found else None
 
   def checking_jobs(self, task: Task, answer: str) -> list[Job]:
-    """Runs the answer, with the task's own imports put on top, on the hidden inputs."""
+    """Runs the answer, with what it lacks of the task's imports on top, on the hidden inputs."""
     hidden = task.cases[task.shown:]
-    source = program.with_imports(answer, program.imports(task.program))
+    source = program.with_imports(answer, program.missing_imports(answer, task.program))
     return [Job('run', source, tuple(i for i, _ in hidden), tuple(o for _, o in hidden),
                 timeout_s=self.timeout_s)]
 
@@ -153,7 +154,23 @@ class Induction:
     return rewards.induction_score(right + [False] * missing, self.score)
 
 
+def _unlike(inputs: Iterable[str]) -> list[str]:
+  """The inputs that equal no earlier one for Python: 1, 1.0 and True are one key of a dict."""
+  kept = {}
+  for given in dict.fromkeys(inputs):
+    try:
+      found = literals.parse_inputs(given)
+      value = *found.args, found.kwargs
+    except literals.LiteralError:        # the executor says why, or works out a call of f
+      value = None
+    if value is None or not any(values.equal(value, other, 'loose')
+                                for other in kept.values() if other is not None):
+      kept[given] = value
+  return list(kept)
+
+
 def _tells_code(message: str, source: str) -> bool:
   """Whether a line of the program's body (of some length) stands in the message."""
-  body = [line.strip() for line in source.splitlines()[1:]]
-  return any(len(line) >= 12 and line in message for line in body)
+  first, *body = source.splitlines() or ['']
+  body.append(re.sub(r'.*?\)\s*(->[^:]*)?:', '', first, count=1))       # def f(x): return ...
+  return any(len(line.strip()) >= 12 and line.strip() in message for line in body)

@@ -6,6 +6,7 @@ the source; only the optional clean-up 'comments' goes through the syntax tree.
 """
 
 import ast
+import builtins
 from collections.abc import Sequence
 import dataclasses
 import re
@@ -109,7 +110,7 @@ def prepare(source: str, rules: Rules) -> Program | str:
   if len(source) > rules.max_chars:
     return 'program_too_long'
   source = source.replace('\r\n', '\n').replace('\r', '\n')
-  source = textwrap.dedent(source).strip('\n').rstrip()
+  source = dedented(source).strip('\n').rstrip()
   tree = text.parse(source, rules.max_chars)
   if tree is None:
     return 'syntax'
@@ -169,6 +170,33 @@ def imports(source: str) -> list[str]:
   tree = text.parse(source)
   found = tree.body if tree else []
   return [ast.unparse(n) for n in found if isinstance(n, ast.Import | ast.ImportFrom)]
+
+
+def missing_imports(source: str, other: str) -> list[str]:
+  """What `source` takes from the top-level imports of `other`: names it reads and does not bind.
+
+  No name of a builtin, which an answer means when it says `pow`.
+  """
+  tree, theirs = text.parse(source), text.parse(other)
+  if tree is None or theirs is None:
+    return []
+  read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+  missing = read.difference(bound_names(tree), dir(builtins))
+  found = []
+  for node in theirs.body:
+    if not isinstance(node, ast.Import | ast.ImportFrom):
+      continue
+    names = [a for a in node.names if getattr(node, 'module', '') == '__future__'
+             or (a.name == '*' and missing) or (a.asname or a.name).split('.')[0] in missing]
+    if names:
+      node.names = names
+      found.append(ast.unparse(node))
+  return found
+
+
+def dedented(source: str) -> str:
+  """Without the indentation that all lines share, where the text is no Python with it."""
+  return source if text.parse(source, len(source)) else textwrap.dedent(source)
 
 
 def with_imports(source: str, lines: Sequence[str]) -> str:
@@ -297,6 +325,8 @@ def bound_names(tree: ast.AST) -> list[str]:
       found.append(node.id)
     elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
       found.append(node.name)
+    elif isinstance(node, ast.MatchMapping) and node.rest:
+      found.append(node.rest)
     elif isinstance(node, ast.alias):
       found.append((node.asname or node.name).split('.')[0])
   return found

@@ -272,7 +272,8 @@ def _load(name: str, wrapper: str, rule: str) -> PromptSet:
   files = {name.removesuffix('.txt'): body for name, body in raw.items() if name.endswith('.txt')}
   if wrapper != 'none' and f'wrapper_{wrapper}' not in files:
     known = sorted(f[8:] for f in files if f.startswith('wrapper_'))
-    raise ValueError(f'prompts {name!r}: wrapper={wrapper!r} must be none or one of {known}.')
+    raise ValueError(f'selfplay.wrapper={wrapper!r} must be none or one of those that the prompt '
+                     f'set {name!r} has: {known}.')
   rule = rule or settings.get('rule', 'strict')
   if rule not in ('strict', 'azr'):
     raise ValueError(f"{folder}/set.json: rule={rule!r} must be 'strict' or 'azr'.")
