@@ -82,7 +82,8 @@ class Programs:
     known = self.shapes['decode']
     if (width, size) in known or len(known) < self.most:
       return width, size
-    fitting = [shape for shape in known if shape[0] >= width and shape[1] >= size]
+    fitting = [shape for shape in known if shape[0] >= width and shape[1] >= size
+               and shape[0] % sharding.row_shards(self.mesh) == 0]
     return min(fitting, key=lambda s: s[0] * s[1], default=(width, size))
 
   def prefill_shapes(self, prompts: int, size: int, ahead: int,
@@ -201,6 +202,8 @@ class Batch:
     if self.size > size > self.size // 2:      # no copy to save less than half
       size = self.size
     width, size = p.shape(width, size)
+    if self.cache is not None and (width, size) == (len(self.slots), self.size):
+      return
     if self.cache is None:
       self.cache = p.call(('cache', width, size), functools.partial(
           decoding.empty_cache, p.config, width, size, p.dtype, p.mesh, self.platform))
@@ -379,8 +382,7 @@ class Prompts:
     seen_A = (np.arange(ahead) >= ahead - len(prefix)).astype(np.int32) if before else None
     new = p.call(('prefill', shape, self.layout), function, self.params, tokens_BT, positions_BT,
                  segments_BT, before.new if before else None, seen_A,
-                 # XLA:CPU multiplies 16 bits fast by YNN alone (prefilling: 2.1 times).
-                 options=sharding.compiler_options(p.mesh) if p.dtype.itemsize > 2 else None)
+                 options=sharding.compiler_options(p.mesh, p.dtype))
     p.stats['prefill_tokens'] += sum(len(context) - len(prefix) for context in contexts)
     rows = {context: (b, len(context) - len(prefix)) for b, context in enumerate(contexts)}
     return _Insert(rows, new, before.new if before else None, shape)

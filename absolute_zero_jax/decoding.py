@@ -85,7 +85,8 @@ def weights(config: ModelConfig, params: decoder.Params, dtype: Any, mesh: Mesh 
   specs = decoder.param_specs(config)
 
   def lay(x, axes):
-    x = x.astype(dtype)
+    # Norms and biases count in float32, as in the decoder.
+    x = x.astype(dtype) if x.ndim > 1 else x
     if mesh is None:
       return x
     rules = sharding.RULES | {'embed': None}

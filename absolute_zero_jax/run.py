@@ -203,8 +203,12 @@ class Run:
 
   def score(self) -> list[dict[str, Any]]:
     """The policy's items on the held-out programs, see `evaluate.measure`; changes nothing."""
-    return evaluate.measure(self.c, self.tools, self.sampler, self.policy(),
-                            console=self._console)
+    shapes = self.sampler.shapes()
+    items = evaluate.measure(self.c, self.tools, self.sampler, self.policy(),
+                             console=self._console)
+    # Or play would be served by the shapes of scoring, whose rounding is another.
+    self.sampler.assume(shapes)
+    return items
 
   def make_seeds(self, folder: epath.PathLike) -> dict[str, int]:
     """Lets the policy propose `seeding.tasks` seed tasks and writes them; tasks by file name.
@@ -230,7 +234,7 @@ class Run:
 
   def arrays(self) -> dict[str, Any]:
     """What a checkpoint holds as arrays."""
-    return {'train': self.state, 'key': jax.random.key_data(self.key)}
+    return {'train': self.state, 'key': np.asarray(jax.random.key_data(self.key))}
 
   def restore(self, checkpoints: checkpoint.Checkpoints, step: int) -> None:
     """Continues from a checkpoint of this run.

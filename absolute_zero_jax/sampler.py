@@ -72,7 +72,7 @@ class Sampler:
       several prompts share is prefilled once if it has as many tokens.
     max_prompt_tokens, max_new_tokens: bounds of every request.
     attention: of prefill, see `models.attention`.
-    dtype: of weights, activations and cache while generating.
+    dtype: of matrices, activations and cache while generating (on a CPU, the cache is float32).
     vocab: ids from here on are never drawn (a table padded beyond the tokenizer); 0: all may be.
     max_programs: how many decode shapes, and how many prefill shapes, may be compiled before larger
       compiled ones are reused.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference_models
 
-from absolute_zero_jax import batching, sampler, schedule
+from absolute_zero_jax import batching, decoding, sampler, schedule, sharding
 from absolute_zero_jax.models import decoder, hf
 from absolute_zero_jax.models.config import ModelConfig
 
@@ -343,3 +343,29 @@ def test_keys_of_the_older_kind_draw_the_same_and_numbers_are_no_keys():
   assert draw(jax.random.PRNGKey(3)) == draw(jax.random.key(3))
   with pytest.raises(ValueError, match='key=3 is no key; make one'):
     draw(3)
+
+
+def test_shapes_of_other_meshes_are_not_reused():
+  mesh = sharding.make_mesh(data=3, devices=jax.devices()[:3])
+  ours = sampler.Sampler(CONFIG, mesh, pad_id=0, stop_ids=[], slots=8, max_programs=1)
+  ours.assume({'decode': [(16, 4096)], 'prefill': []})
+  assert ours._programs.shape(3, 64) == (3, 64)
+  ours.assume({'decode': [(16, 4096), (12, 4096)], 'prefill': []})
+  assert ours._programs.shape(3, 64) == (12, 4096)
+
+
+def test_a_batch_that_cannot_narrow_is_not_copied(monkeypatch):
+  calls = []
+  resize = batching.Batch._resize
+  monkeypatch.setattr(batching.Batch, '_resize', lambda self, width, size: (
+      calls.append(((len(self.slots), self.size), (width, size))), resize(self, width, size)))
+  requests = [sampler.Request(_prompt(5, n), max_new_tokens=3 * n) for n in range(1, 9)]
+  ours = _sampler(slots=8, max_programs=1)
+  ours.generate(_params(), requests, KEY)
+  assert not [call for call in calls if call[0] == call[1]]
+
+
+def test_norms_and_biases_are_read_as_the_decoder_reads_them():
+  laid = decoding.weights(CONFIG, _params(), jnp.bfloat16, None)
+  assert laid.final_norm_D.dtype == laid.layers[0]['qkv_bias'].dtype == jnp.float32
+  assert laid.embed_VD.dtype == laid.layers[0]['o'].dtype == jnp.bfloat16

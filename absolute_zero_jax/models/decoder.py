@@ -357,7 +357,7 @@ def _contract(x, y, x_axes, y_axes, dtype=None):
   # may be rounded); asked for float32, a GPU writes it to memory and converts it by another kernel.
   # A CPU's unit for 16 bits is used by XLA only when asked for float32: otherwise both operands are
   # written out as float32 first, at every step.
-  if out == jnp.float32:
+  if out == jnp.float32 or jax.default_backend() != 'cpu':
     return dot(x, y)
   return jax.lax.platform_dependent(
       x, y, cpu=lambda x, y: dot(x, y, jnp.float32).astype(out), default=dot)
