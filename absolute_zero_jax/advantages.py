@@ -180,6 +180,8 @@ def pass_at_k(r: Rollout, *, k: int = 2) -> np.ndarray:
     member = member[np.argsort(score_B[member])]
     score, n = score_B[member], len(member)
     m = min(k, n)
+    if np.all(score[m - 1:] == score[-1]):          # every set has the same best: exactly zero
+      continue
     # A set's best is its last one in this order, the other m - 1 stand below it.
     sets = np.array([math.comb(below, m - 1) for below in range(n)], np.float64)
     share = sets / sets.sum()
@@ -207,7 +209,7 @@ ESTIMATORS: dict[str, Callable[..., np.ndarray]] = {
 
 
 # These compare the answers to one prompt: one that is alone learns nothing.
-AMONG_ANSWERS = frozenset(ESTIMATORS) - {'trr_plus_plus', 'reinforce_plus_plus'}
+AMONG_ANSWERS = frozenset(ESTIMATORS) - {'trr_plus_plus', 'trr_prompt', 'reinforce_plus_plus'}
 
 
 # --- aggregations

@@ -74,11 +74,21 @@ def _check_together(c: ConfigDict) -> None:
   if c.model.attention == 'splash' and c.train.share_prompts:
     raise ConfigError("model.attention='splash' cannot let responses share a prompt: set "
                       "train.share_prompts=False, or model.attention='xla'.")
-  if c.algorithm.kl_coef and c.roles.reference == 'none':
+  if c.algorithm.skip_zero_rows and (c.algorithm.entropy_coef or c.algorithm.kl_coef):
+    raise ConfigError('algorithm.skip_zero_rows=True would leave rows out of '
+                      f'algorithm.entropy_coef={c.algorithm.entropy_coef} or '
+                      f'kl_coef={c.algorithm.kl_coef}: set it to False, or those to 0.')
+  if c.algorithm.kl_coef > 0 and c.roles.reference == 'none':
     raise ConfigError("algorithm.kl_coef > 0 needs a reference: set roles.reference='base'.")
   if c.selfplay.train_propose and c.roles.propose == 'base':
     raise ConfigError("roles.propose='base' plays the frozen weights, which cannot be trained: "
                       'set selfplay.train_propose=False.')
+  if c.optimizer.name == 'muon' and c.lora.rank:
+    raise ConfigError(f"optimizer.name='muon' is for whole matrices, and lora.rank={c.lora.rank} "
+                      "trains factors of a change: set optimizer.name='adamw', or lora.rank=0.")
+  if c.command == 'pretrain' and any(size not in (1, -1) for size in axes):
+    raise ConfigError(f"mesh={tuple(axes)}: command='pretrain' trains on one device; leave its "
+                      'axes at 1 or -1.')
   if c.executor.name == 'local':
     _check_local(c.executor)
   others = set(c.selfplay.kinds) - {'abduction', 'deduction', 'induction'}
@@ -259,6 +269,7 @@ _CHECKS = {
     'executor.score_timeout_s': _above(0),
     'executor.memory_mb': _at_least(64),
     'algorithm.old_logprobs': _one_of('auto', 'current', 'recompute', 'sampler'),
+    'algorithm.kl_coef': _at_least(0),
     'algorithm.mismatch_bound': _at_least(0),
     'algorithm.epochs': _at_least(1),
     'algorithm.mini_batches': _at_least(1),
@@ -303,7 +314,8 @@ _CHECKS = {
                       "some of 'same', 'deeper', or paths of .jsonl files, each once and by names "
                       'that differ without their folders'),
     'heldout.samples': _at_least(0),
-    'heldout.kinds': ((lambda x: bool(x) and set(x) <= {'deduction', 'abduction', 'induction'}),
+    'heldout.kinds': ((lambda x: bool(x) and len(set(x)) == len(x)
+                       and set(x) <= {'deduction', 'abduction', 'induction'}),
                       "some of 'deduction', 'abduction', 'induction'"),
     'heldout.every_steps': _at_least(0),
     'lora.rank': _at_least(0),

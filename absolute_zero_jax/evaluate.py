@@ -25,6 +25,7 @@ import numpy as np
 from absolute_zero_jax import config as config_lib
 from absolute_zero_jax import grammar, metrics, parts, selfplay
 from absolute_zero_jax import sampler as sampler_lib
+from absolute_zero_jax.models import hub
 from absolute_zero_jax.tasks import identity
 from absolute_zero_jax.tasks import prompts as prompts_lib
 from absolute_zero_jax.types import Role, Task
@@ -50,18 +51,24 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   console = metrics.Console(stream)
   parts.use_compilation_cache()
   prompts = prompts_lib.load(c.selfplay.prompts, c.selfplay.wrapper, c.selfplay.format_rule)
+  # What can be wrong without a model is looked at before anything is scored.
+  for part in c.heldout.parts:
+    if part not in grammar.PARTS:
+      file_tasks(part, c.heldout.kinds)
+  if c.heldout.base and not c.heldout.base.startswith('random:'):
+    hub.resolve(c.heldout.base)
+  workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.closing(parts.executor(c)) as executor:
     tools = selfplay.Tools(kinds=(), tokenizer=None, sample=None, submit=executor.submit,
                            prompts=prompts, rewards=None)
     items, base = _loaded(c, tools, console), None
+    write_items(workdir / 'items.jsonl', items)
     if c.heldout.base:
       other = c.copy_and_resolve_references()
       other.model.name = c.heldout.base
       base = _loaded(other, tools, console)
   results = {'model': c.model.name, 'seed': c.heldout.seed, 'prompts': prompts.hash,
              'scores': summarize(items)}
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_items(workdir / 'items.jsonl', items)
   console.line(table(results['scores']))
   if base is not None:
     write_items(workdir / 'base_items.jsonl', base)
@@ -190,12 +197,13 @@ def score(tasks: Sequence[Task], tools: selfplay.Tools, generate: Callable[..., 
   out = []
   for task, (first,), drawn in zip(tasks, greedy, sampled):
     out.append({
-        'part': part, 'kind': task.kind, 'key': task.key, 'greedy': first.accuracy,
+        'part': part, 'kind': task.kind, 'key': task.key,
+        'greedy': first.accuracy if first.well_formed else 0.0,
         'tokens': float(np.mean([len(a.turn.response_ids) for a in drawn])),
         'formed': float(np.mean([a.well_formed for a in drawn])),
         'thinks': float(np.mean([_thinks(a, tools.prompts) for a in drawn]))})
     if samples:
-      right = sum(a.accuracy == 1 for a in drawn)
+      right = sum(a.well_formed and a.accuracy == 1 for a in drawn)
       logprobs = [x for a in drawn for x in a.turn.model_logprobs]
       # The mean of -log p over drawn tokens is an unbiased estimate of the entropy per token.
       out[-1] |= {'sampled': right / samples, f'pass@{samples}': pass_at(samples, right, samples),

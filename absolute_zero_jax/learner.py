@@ -85,6 +85,7 @@ class Learner:
       weights), which is exact without entropy bonus and KL; metrics then mean the other rows.
     pack, share_prompts, micro_batch_tokens, length_buckets: see `packing.plan`.
     chunk: see `logprobs.score`.
+    dtype: that `hidden` computes in; for the compiler, see `sharding.compiler_options`.
   """
 
   def __init__(self, hidden: Callable[..., jax.Array], unembed: Callable[[Any], jax.Array],
@@ -93,7 +94,8 @@ class Learner:
                mismatch_bound: float = 1e-3, temperature: float = 1.0, max_grad_norm: float = 1.0,
                accumulate_dtype: str = 'float32', epochs: int = 1, mini_batches: int = 1,
                skip_zero_rows: bool = False, pack: bool = False, share_prompts: bool = False,
-               micro_batch_tokens: int = 4096, length_buckets: Sequence[int] = (), chunk: int = 0):
+               micro_batch_tokens: int = 4096, length_buckets: Sequence[int] = (), chunk: int = 0,
+               dtype: Any = jnp.float32):
     if old_logprobs not in OLD_LOGPROBS:
       raise ValueError(f'old_logprobs={old_logprobs!r} is unknown; allowed: {OLD_LOGPROBS}.')
     if isinstance(algorithm, str):
@@ -108,7 +110,7 @@ class Learner:
       raise ValueError('skip_zero_rows=True would drop the entropy bonus or KL of those rows; set '
                        'it to False, or entropy_coef and kl_coef to 0.')
     self._hidden, self._unembed, self._tx, self.algorithm = hidden, unembed, tx, algorithm
-    self._mesh = mesh
+    self._mesh, self._dtype = mesh, dtype
     self._materialize = materialize or (lambda trainable, frozen: trainable)
     self._old, self._mismatch_bound = old_logprobs, mismatch_bound
     self._temperature, self._chunk = temperature, chunk
@@ -150,7 +152,10 @@ class Learner:
     if a.needs_old:
       rollout = rollout._replace(penalty_BT=a.penalty(
           packing.padded(values['old_logprobs']), packing.padded(values['ref_logprobs'])))
-    advantage_BT = a.advantages(rollout, roles)
+    advantage_BT = np.asarray(a.advantages(rollout, roles))
+    if advantage_BT.shape != rollout.reward_BT.shape or not np.isfinite(advantage_BT).all():
+      raise ValueError(f'algorithm.name makes advantages of shape {advantage_BT.shape} for tokens '
+                       f'of shape {rollout.reward_BT.shape}, or some that are no finite numbers.')
     lengths = [len(r.response_ids) for r in rows]
     values['advantages'] = [x[:n] for x, n in zip(advantage_BT, lengths)]
     names = [f'{r.role}_{r.kind}' for r in rows]
@@ -203,7 +208,10 @@ class Learner:
     learner trains. `packing.take_rows` turns the result into one array per row.
     """
     if 'score' not in self._compiled:
-      self._compiled['score'] = self._jit(self._score, static_argnums=(3,))
+      # The host reads them, in each of several processes.
+      whole = ({'out_shardings': sharding.replicated(self._mesh)}
+               if self._mesh is not None and self._mesh.is_multi_process else {})
+      self._compiled['score'] = self._jit(self._score, static_argnums=(3,), **whole)
     out = [self._compiled['score'](params, frozen, self._put(b), trained) for b in batches]
     return jax.device_get(out)
 
@@ -321,7 +329,8 @@ class Learner:
     self._compiled['apply'] = jax.jit(self._apply, donate_argnums=(0,), **where)
 
   def _jit(self, fn, **options):
-    return jax.jit(fn, compiler_options=sharding.compiler_options(self._mesh), **options)
+    return jax.jit(fn, compiler_options=sharding.compiler_options(self._mesh, self._dtype),
+                   **options)
 
   def _put(self, batch):
     if self._mesh is None:
@@ -336,7 +345,7 @@ def of_decoder(config: Any, tx: optax.GradientTransformation, algorithm: Any, *,
   hidden = functools.partial(decoder.hidden, config, dtype=jnp.dtype(dtype), remat=remat,
                              attention=attention, mesh=mesh,
                              packed=bool(options.get('pack') or options.get('share_prompts')))
-  return Learner(hidden, decoder.unembed, tx, algorithm, mesh=mesh, **options)
+  return Learner(hidden, decoder.unembed, tx, algorithm, mesh=mesh, dtype=dtype, **options)
 
 
 def _norm(tree: Any) -> jax.Array:

@@ -62,7 +62,8 @@ def finish(steps: Sequence[dict[str, np.ndarray]], groups: Sequence[str]) -> dic
     elif name.endswith('_R'):
       if name != 'tokens_R':
         mean_R = total(name) / np.maximum(total('tokens_R'), 1)
-        out |= {f'{g}/{name[:-2]}': float(mean_R[i]) for i, g in enumerate(groups)}
+        out |= {f'{g}/{name[:-2]}': float(mean_R[i]) for i, g in enumerate(groups)
+                if total('tokens_R')[i]}
     else:
       out[name] = float(total(name) / max(total('tokens'), 1))
   out['optimizer_steps'] = float(len(steps))

@@ -41,7 +41,7 @@ def make_optimizer(learning_rate: float = 1e-6, *, name: str = 'adamw', schedule
       'matrices' (no norms, no biases).
     moment_dtype: 'float32', or 'bfloat16' for half the memory. bfloat16 moments are rounded
       stochastically: plain rounding would freeze the second moment, which moves by 0.1 % a step
-      where bfloat16 resolves 0.4 %.
+      where bfloat16 resolves 0.4 %. Muon: of the momentum alone, rounded to nearest.
 
   Raises:
     ValueError: an unknown name, schedule or decay; 'cosine' with no step after the warm-up.
@@ -58,9 +58,12 @@ def make_optimizer(learning_rate: float = 1e-6, *, name: str = 'adamw', schedule
   rate = learning_rate_schedule(learning_rate, schedule=schedule, warmup_steps=warmup_steps,
                                 steps=steps)
   if name == 'muon':
-    return contrib.muon(rate, beta=_MUON_MOMENTUM, weight_decay=weight_decay, adam_b1=b1,
-                        adam_b2=b2, mu_dtype=moment_dtype, consistent_rms=_MUON_RMS,
-                        muon_weight_dimension_numbers=_muon_axes)
+    tx = contrib.muon(rate, beta=_MUON_MOMENTUM, weight_decay=weight_decay, adam_b1=b1,
+                      adam_b2=b2, mu_dtype=moment_dtype, consistent_rms=_MUON_RMS,
+                      muon_weight_dimension_numbers=_muon_axes)
+    # Else second moments are stored in the parameters' dtype, and freeze in bfloat16.
+    wide = lambda params: jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(wide(params)), tx.update)
   adam = _stored_as(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), jnp.dtype(moment_dtype))
   return optax.chain(
       adam,

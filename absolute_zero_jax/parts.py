@@ -92,7 +92,7 @@ def kinds(c: ConfigDict, names: Sequence[str] = ()) -> list[tasks.Kind]:
     try:
       return tasks.get(name, cases=c.selfplay.induction_cases, score=c.reward.induction, **options)
     except ValueError as e:
-      hint = config_checks.did_you_mean(name, tasks.KINDS)
+      hint = '' if name in tasks.KINDS else config_checks.did_you_mean(name, tasks.KINDS)
       raise config_lib.ConfigError(f'selfplay.kinds, kind_options: {e}{hint}') from e
   return [get(name) for name in names]
 
@@ -155,6 +155,14 @@ def algorithm(c: ConfigDict) -> Any:
           f'algorithm.{field}={name!r} compares the answers to one prompt, and here each prompt to '
           f'{role} gets one, so that nothing would be learnt: set {change}, or '
           f"algorithm.role_estimators={{'{role}': 'trr_plus_plus'}}.")
+  answers = max(c.selfplay.solve_samples,
+                c.selfplay.mc_samples if c.selfplay.mc_use != 'measure' else 1)
+  if (estimators.get('solve', c.algorithm.name) == 'pass_at_k'
+      and c.algorithm.pass_k >= answers):
+    raise config_lib.ConfigError(
+        f'algorithm.pass_k={c.algorithm.pass_k} must be below the {answers} answers that a prompt '
+        'gets (selfplay.solve_samples, or mc_samples where mc_use trains them): the best of all is '
+        'one number, and nothing would be learnt.')
   return _made(
       'algorithm.name', c.algorithm.name, functools.partial(reinforce.get, c.algorithm.name),
       ('advantages', 'weights', 'loss', 'needs_old', 'needs_reference'),

@@ -160,10 +160,14 @@ def compiled_step(model, tx, c: config_lib.ConfigDict) -> Callable[..., Any]:
     scale = jnp.minimum(1, c.optimizer.clip_norm / jnp.maximum(norm, 1e-30))
     gradient = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradient)
     change, opt_state = tx.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, change)
+    # As the learner does: bfloat16 weights are rounded at random.
+    wide = jax.tree.map(lambda p, d: p.astype(jnp.float32) + d, state.params, change)
+    key = jax.random.fold_in(jax.random.key(1), state.step)
+    params = optimizer.round_tree(wide, state.params, key)
     return learner_lib.TrainState(state.step + 1, params, opt_state), sums | {'norm': norm}
 
-  return jax.jit(step, donate_argnums=(0,), compiler_options=sharding.compiler_options())
+  return jax.jit(step, donate_argnums=(0,), 
+                 compiler_options=sharding.compiler_options(dtype=c.model.dtype))
 
 
 def _own_guesses(c, model, state, begin, done, workdir, tokenizer, console):

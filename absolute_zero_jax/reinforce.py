@@ -139,7 +139,7 @@ class Algorithm:
         dual_clip=self.dual_clip)
     loss_M = weight_M * policy_M
     stats = {'policy_loss': loss_M, 'ratio_mean': ratio_M, 'clip_fraction': clipped_M,
-             'kl_old': kl(gap_M, 'k3'), 'importance_weight': weight_M}
+             'kl_old': kl(-gap_M, 'k3'), 'importance_weight': weight_M}
     if self.entropy_coef:
       loss_M -= self.entropy_coef * s.entropy_M
     if self.needs_reference:

@@ -66,10 +66,13 @@ class Rewards:
     """Reward of a proposal, and the parts it was made of.
 
     Args:
-      attempt: has well_formed, task (None unless valid), solve_rate and references.
+      attempt: has well_formed, status, task (None unless it can be played), solve_rate and
+        references.
       counts: `TaskBuffer.counts()` before this task; needed by the diversity terms only.
     """
     task = attempt.task
+    if attempt.status == 'too_long' and attempt.well_formed:      # valid; nobody can be asked it
+      return self.zero_learnability, {'learnability': self.zero_learnability}
     if task is None or not attempt.well_formed:
       return self.format_penalty, {'format': self.format_penalty}
     gain = learnability(attempt.solve_rate, self.learnability)
@@ -88,8 +91,8 @@ class Rewards:
     well_formed = attempt.well_formed and attempt.parsed is not None
     reward = solve(well_formed, attempt.accuracy, self.format_mode,
                    format_penalty=self.format_penalty, wrong_penalty=self.wrong_penalty)
-    return reward, {'accuracy': attempt.accuracy if well_formed else 0.0,
-                    'format': float(well_formed)}
+    counts = well_formed or self.format_mode == 'addition'
+    return reward, {'accuracy': attempt.accuracy if counts else 0.0, 'format': float(well_formed)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,9 +89,12 @@ def _independent(attempt) -> bool:
 
 def _answers(attempts: Sequence) -> dict[str, float]:
   reflects = np.array([task_metrics.reflects(a.turn.text) for a in attempts])
-  right = np.array([a.accuracy == 1 for a in attempts])
+  right = np.array([a.well_formed and a.accuracy == 1 for a in attempts])
   lengths = np.array([len(a.turn.response_ids) for a in attempts])
-  out = _accuracy(attempts) | {'reflection_share': reflects.mean()}
+  # As they are paid: an answer in the wrong form is wrong.
+  out = _accuracy(attempts) | {
+      'accuracy': np.mean([a.accuracy if a.well_formed else 0.0 for a in attempts]),
+      'reflection_share': reflects.mean()}
   for name, mine in (('correct', right), ('incorrect', ~right)):
     if mine.any():
       out |= {f'response_tokens_{name}': lengths[mine].mean(),

@@ -218,3 +218,9 @@ def test_a_short_last_slice_weighs_by_its_rows():
   np.testing.assert_allclose(w[2].sum(), 0.5 * 1 / 3, rtol=1e-6)
   np.testing.assert_allclose(w[3:].sum(), 0.5, rtol=1e-6)
   np.testing.assert_allclose(w[0, 0], 0.5 * 2 / 3 / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize('n, k, wrong', [(8, 4, 3), (6, 2, 1), (5, 5, 4), (9, 3, 0)])
+def test_pass_at_k_is_exactly_zero_where_every_set_holds_a_right_answer(n, k, wrong):
+  r = _rollout([1] * (n - wrong) + [0] * wrong, [2] * n, prompt=[0] * n)
+  assert not advantages.pass_at_k(r, k=k).any()

@@ -102,6 +102,12 @@ def test_an_unknown_field_is_named_with_what_is_allowed():
     ({'selfplay.kind_batch': {'induction': 0}}, 'kind_batch.induction=0 must be'),
     ({'pretrain.guess_steps': (5, 3)}, 'pretrain.guess_steps.*ascending'),
     ({'executor.workers': 3}, 'executor.workers=3 must be even'),
+    ({'optimizer.name': 'muon', 'lora.rank': 4}, "lora.rank=4 .*optimizer.name='adamw'"),
+    ({'command': 'pretrain', 'mesh.fsdp': 4}, "command='pretrain' trains on one device"),
+    ({'algorithm.skip_zero_rows': True, 'algorithm.entropy_coef': 0.01},
+     'skip_zero_rows=True .*entropy_coef=0.01'),
+    ({'algorithm.kl_coef': -0.1}, 'algorithm.kl_coef=-0.1'),
+    ({'heldout.kinds': ('deduction', 'deduction')}, 'heldout.kinds='),
     ({'executor.workers': 2000}, 'executor.workers=2000 .*at most 1024'),
     ({'executor.score_timeout_s': 100.0}, 'executor.score_timeout_s=100.0 must be 0.01 to 60'),
 ])

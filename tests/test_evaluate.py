@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The held-out measure: scripted models get what they deserve; intervals and pass@k by hand."""
 
+import dataclasses
 import io
 import json
 import random
@@ -69,6 +70,29 @@ def test_a_model_that_knows_gets_everything(service):
   scores = evaluate.summarize(items)
   assert scores['same/mean']['greedy'] == scores['same/mean']['pass@4'] == [1, 1, 1]
   assert scores['same/deduction']['entropy'][0] == 0.5 and scores['same/mean']['thinks'][0] == 0
+
+
+@pytest.mark.parametrize('field, value, words', [
+    ('heldout.base', 'carried:tinny', 'does not come with this package'),
+    ('heldout.parts', ('same', 'nope.jsonl'), 'cannot be read')])
+def test_what_can_be_refused_is_refused_before_anything_is_scored(
+    tmp_path, monkeypatch, field, value, words):
+  monkeypatch.setattr(evaluate, '_loaded', lambda *args: pytest.fail('a model was loaded'))
+  c = config_lib.get_config()
+  c.selfplay.prompts = 'tiny'
+  c.update_from_flattened_dict({field: value})
+  with pytest.raises(ValueError, match=words):
+    evaluate.run(c, tmp_path / 'w', stream=io.StringIO())
+
+
+def test_a_right_answer_in_the_wrong_form_is_wrong(service, monkeypatch):
+  """Only solve rates of proposals pass over the form (azr_spec.md, 7.1 and 7.2)."""
+  made = selfplay.answer
+  monkeypatch.setattr(selfplay, 'answer', lambda *args, **options: [
+      [dataclasses.replace(a, well_formed=False) for a in group]
+      for group in made(*args, **options)])
+  items = _score(service, lambda task, n, t: ANSWER + _gold(task))
+  assert all(i['greedy'] == i['right'] == i['pass@4'] == i['formed'] == 0 for i in items)
 
 
 def test_inductions_are_scored_alike_whatever_training_pays(monkeypatch):

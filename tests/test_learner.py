@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The update against a plain loss and torch; independence of layout and devices; edge cases."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -383,3 +385,34 @@ def test_parameters_of_numpy_can_be_trained_on_a_mesh(params):
   state = trainer.init(jax.device_get(params))
   state, _ = trainer.update(state, trainer.prepare(rows_lib.rows(8), state.params))
   assert int(state.step) == 1 and _apart(params, state.params) > 0
+
+
+def test_a_kind_whose_rows_are_left_out_has_no_means(params):
+  rows = rows_lib.rows(8)
+  rows = [dataclasses.replace(r, role='propose' if i < 4 else 'solve', kind='deduction',
+                              prompt=i, reward=-1.0 if i < 4 else float(i % 2))
+          for i, r in enumerate(rows)]
+  for skip in (False, True):
+    _, metrics, _ = _update(params, rows, fields={}, skip_zero_rows=skip)
+    assert ('propose_deduction/entropy' in metrics) == (not skip)
+    assert metrics['solve_deduction/entropy'] > 0
+
+
+def test_kl_old_is_the_divergence_of_the_new_policy_from_the_one_that_drew():
+  old, new = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+  drawn = np.repeat(np.arange(3), (500, 300, 200))
+  scored = reinforce.Scored(**{name: jnp.zeros(1000) for name in reinforce.Scored._fields} | {
+      'logprob_M': jnp.log(new[drawn]), 'old_M': jnp.log(old[drawn]),
+      'sampler_M': jnp.log(old[drawn])})
+  _, stats = reinforce.get('trr_plus_plus').loss(scored)
+  np.testing.assert_allclose(np.mean(stats['kl_old']), np.sum(old * np.log(old / new)), rtol=1e-5)
+
+
+@pytest.mark.parametrize('wrong', [None, np.nan])
+def test_advantages_that_are_no_numbers_are_refused(params, wrong):
+  class Own(reinforce.Algorithm):
+    def advantages(self, r, roles):
+      return np.full_like(r.reward_BT, wrong) if wrong is not None else None
+  trainer = learner.of_decoder(CONFIG, RECORD, Own())
+  with pytest.raises(ValueError, match='algorithm.name makes advantages'):
+    trainer.prepare(rows_lib.rows(4), params)

@@ -45,3 +45,21 @@ def test_weight_decay_may_spare_norms_and_biases():
     change, _ = tx.update(zero, tx.init(params), params)
     moved[decay] = [float(x.sum()) != 0 for x in jax.tree.leaves(change)]
   assert moved == {'all': [True, True, True], 'matrices': [True, False, False]}
+
+
+def test_muon_keeps_second_moments_of_bfloat16_weights_in_float32():
+  tx = learner.make_optimizer(1e-3, name='muon')
+  params = jax.tree.map(lambda shape: jnp.ones(shape, jnp.bfloat16),
+                        {'embed': (8, 4), 'layers': {'up': (2, 4, 8)}},
+                        is_leaf=lambda x: isinstance(x, tuple))
+  state = tx.init(params)
+
+  @jax.jit
+  def after(state, size, steps):
+    gradient = {'embed': jnp.full((8, 4), size), 'layers': {'up': jnp.ones((2, 4, 8))}}
+    return jax.lax.fori_loop(0, steps, lambda _, s: tx.update(gradient, s[1], params),
+                             tx.update(gradient, state, params))
+  _, state = after(state, 1.0, 1500)
+  change, _ = after(state, 0.1, 6000)
+  # Where the moment froze at 1, the step would be a tenth of the rate.
+  np.testing.assert_allclose(np.asarray(change['embed'], np.float32), -1e-3, rtol=0.4)

@@ -185,3 +185,16 @@ def test_cosine_reaches_zero_at_the_last_optimizer_step():
     change, state = tx.update(jnp.ones(3), state, x)
     moved.append(float(jnp.abs(change).max()))
   assert all(a > b > 0 for a, b in zip(moved[:23], moved[1:24])) and moved[24] == 0
+
+
+def test_estimators_that_can_learn_nothing_are_refused_and_no_others():
+  c = config.get_config()
+  c.algorithm.name = 'trr_prompt'              # of lone prompts it is trr_plus_plus
+  assert parts.algorithm(c).estimator == 'trr_prompt'
+  c = config.get_config()
+  c.algorithm.role_estimators = {'solve': 'pass_at_k'}
+  c.selfplay.solve_samples, c.algorithm.pass_k = 2, 2
+  with pytest.raises(config.ConfigError, match='algorithm.pass_k=2 must be below the 2 answers'):
+    parts.algorithm(c)
+  c.selfplay.solve_samples = 3
+  parts.algorithm(c)

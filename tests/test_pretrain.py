@@ -239,3 +239,17 @@ def test_a_carried_tokenizer_has_a_name_instead_of_a_path():
   c.model.tokenizer = 'carried:none'
   with pytest.raises(ValueError, match='carried:none'):
     parts.tokenizer(c, None)
+
+
+def test_weights_in_bfloat16_are_moved_by_small_steps():
+  c = _config(model__param_dtype='bfloat16')
+  tx = optimizer.make_optimizer(1e-5)
+  batch = pretrain.make_batch(c, tokenizer.load(lexicon.FOLDER))(1)
+  state = pretrain.start(c, tx)
+  before = np.asarray(state.params['layers']['up'], np.float32)
+  step = pretrain.compiled_step(loading.random_config(c.model.name), tx, c)
+  for _ in range(8):
+    state, _ = step(state, batch)
+  moved = np.asarray(state.params['layers']['up'], np.float32) != before
+  # A step of 1e-5 is below half the distance of neighbours above 0.005: to nearest, none moves.
+  assert moved[np.abs(before) > 0.005].mean() > 0.02

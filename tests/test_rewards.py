@@ -32,7 +32,8 @@ def test_learnability_refuses_what_is_no_rate(rate):
 def _attempt(**fields):
   task = Task('deduction', IDENTITY, (('1', '1'),), key='k')
   return types.SimpleNamespace(**{'well_formed': True, 'task': task, 'solve_rate': 0.25,
-                                  'references': (), 'parsed': '1', 'accuracy': 1.0, **fields})
+                                  'references': (), 'parsed': '1', 'accuracy': 1.0, 'status': 'ok',
+                                  **fields})
 
 
 @pytest.mark.parametrize(('fields', 'options', 'reward'), [
@@ -42,6 +43,9 @@ def _attempt(**fields):
     ({'solve_rate': 0.0}, {}, 0.0),
     ({'solve_rate': 1.0}, {}, 0.0),
     ({'solve_rate': 0.0}, {'zero_learnability': -0.5}, -0.5),   # the reference's code
+    # Valid, but no solver can be asked: a solve rate of 0 (azr_spec.md, 3.2 and 7.2).
+    ({'task': None, 'status': 'too_long'}, {'zero_learnability': -0.5}, -0.5),
+    ({'task': None, 'status': 'duplicate'}, {'zero_learnability': -0.5}, -1.0),
     ({'solve_rate': 1.0}, {'zero_learnability': -0.5}, -0.5),
     ({'solve_rate': 0.0}, {'learnability': 'inverse'}, 1.0),
 ])
@@ -58,6 +62,13 @@ def test_proposer_reward(fields, options, reward):
 ])
 def test_solver_reward(fields, mode, reward):
   assert rewards.get(format_mode=mode).solve(_attempt(**fields))[0] == reward
+
+
+def test_what_is_paid_is_what_its_parts_say():
+  right_in_the_wrong_form = _attempt(well_formed=False)
+  for mode, paid, accuracy in (('addition', 0.5, 1.0), ('multiply', 0.0, 0.0)):
+    assert rewards.Rewards(format_mode=mode).solve(right_in_the_wrong_form) == (
+        paid, {'accuracy': accuracy, 'format': 0.0})
 
 
 @pytest.mark.parametrize(('right', 'binary', 'share', 'one'), [
