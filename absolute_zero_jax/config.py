@@ -64,8 +64,8 @@ def get_config() -> ConfigDict:
   # Prompt set: 'compact' (base and small models), 'think' (large ones), 'tiny' and its like (the
   # carried model), a directory, 'module:name'.
   c.selfplay.prompts = 'compact'
-  # Its wrapper ('answer', 'boxed', 'none', or one of your own) and its format test of tagged
-  # answers ('strict', or 'azr' as the reference tests); '' takes the set's own.
+  # Its wrapper ('none', or one that the set has: 'answer' and 'boxed' of 'think') and its format
+  # test of tagged answers ('strict', or 'azr' as the reference tests); '' takes the set's own.
   c.selfplay.wrapper = ''
   c.selfplay.format_rule = ''
   # Proposals, and solved tasks, per kind and iteration (the paper's B: 64).
@@ -97,9 +97,9 @@ def get_config() -> ConfigDict:
   c.selfplay.show_references = True
   # False plays the proposer without training it (ablation).
   c.selfplay.train_propose = True
-  # The Monte-Carlo answers: 'measure' only (reference); 'train' on them too; 'reuse': they are the
-  # solver's rows, and one more task is drawn for each that is short of `batch` rows per kind. With
-  # the last two `trr_plus_plus` gives the solver prompt baselines (`trr_prompt`), role_estimators
+  # The Monte-Carlo answers: 'measure' only (reference); 'train' on them too; 'reuse': they are what
+  # the solver trains on, and known tasks are drawn only where they are fewer than `batch`. With the
+  # last two `trr_plus_plus` gives the solver prompt baselines (`trr_prompt`), role_estimators
   # permitting.
   c.selfplay.mc_use = 'measure'
   # Answers to each task that is drawn; more than one give the solver's prompt baselines a group.
@@ -156,8 +156,8 @@ def get_config() -> ConfigDict:
   c.sampler.cache_block = 0
   c.sampler.prompt_block = 0
   c.sampler.max_programs = 0
-  # Shows a CPU to JAX as so many devices, which share the sampler's rows, while the mesh takes no
-  # more than its sizes ask for. Attention of a decode step runs on one thread of a device. Each
+  # Splits a CPU into so many JAX devices for the sampler's rows; training uses only as many as the
+  # mesh asks for. Attention of a decode step runs on one thread of a device. Each
   # holds and reads all weights, so this is for small models. -1 = as many as there are cores, of no
   # fewer than 16 slots; 0 = whatever devices there are belong to the mesh, sampler or not.
   c.sampler.cpu_devices = 0

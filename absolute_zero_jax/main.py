@@ -73,14 +73,23 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     with contextlib.suppress(ValueError):          # not the main thread
       signal.signal(signal.SIGINT, signal.SIG_IGN)   # what is left is to leave
-    hint = _resume_hint(workdir, again=True) or (
-        f'Nothing was saved yet (checkpoint.every_steps={c.checkpoint.every_steps}): the same '
-        'command begins anew.' if c.command in ('selfplay', 'pretrain') else '')
+    hint = 'The same command begins anew.'
+    if c.command in ('selfplay', 'pretrain'):
+      hint = _resume_hint(workdir, again=True) or (
+          f'Nothing was saved yet (checkpoint.every_steps={c.checkpoint.every_steps}): the same '
+          'command begins anew.')
     print(f'\nInterrupted. {hint}', file=sys.stderr)
     return 130
   except (ValueError, OSError, ImportError, ExecutorError) as e:
     # A truncated file, a wrong tokenizer, a full disk: the message says what and what to do.
     return _fail(e, 1, f'{_place(e)}{_resume_hint(workdir, again=isinstance(e, OSError))}')
+  except RuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    reason = RuntimeError(f'out of memory: {str(e).strip().splitlines()[0]}')
+    return _fail(reason, 1, f'Try a smaller train.micro_batch_tokens or sampler.slots, '
+                 "model.remat='full', or model.dtype and model.param_dtype='bfloat16'. "
+                 f'{_resume_hint(workdir, again=False)}')
   return 0
 
 
@@ -106,6 +115,8 @@ def parse(argv: list[str]):
   if remote and scheme not in _REMOTE:
     raise ValueError(f'--workdir {workdir!r}: {scheme}:// is unknown; allowed: a local folder, '
                      f'{", ".join(f"{name}://" for name in _REMOTE)}.')
+  if not remote and os.path.exists(workdir) and not os.path.isdir(workdir):
+    raise ValueError(f'--workdir {workdir!r} is a file; give a folder, which need not exist.')
   return _CONFIG.value, workdir
 
 
@@ -137,10 +148,19 @@ def _check_config_flags(args: list[str]) -> None:
   path, _, file_arg = spec.partition(':')
   if not pathlib.Path(path).is_file():
     raise ValueError(f'--config {path!r} is no file; the ones that come along are in configs/.')
-  module = runpy.run_path(path)
-  if 'get_config' not in module:
-    raise ValueError(f'--config {path!r} defines no get_config(arg=None).')
-  c = module['get_config'](file_arg or None)
+  try:
+    module = runpy.run_path(path)
+    if 'get_config' not in module:
+      raise ValueError(f'--config {path!r} defines no get_config(arg=None).')
+    c = module['get_config'](file_arg or None)
+  except (ValueError, OSError):              # says what is wrong in its own words
+    raise
+  except Exception as e:
+    text = str(e).replace('\\n', ' ').replace("\\'", "'")
+    raise ValueError(f'--config {path!r} {_place(e)}: {type(e).__name__}: {text}') from e
+  if not isinstance(c, config_lib.ConfigDict):
+    raise ValueError(f'--config {path!r}: its get_config gives {type(c).__name__}, and must return '
+                     'a ConfigDict.')
   for arg in args:
     field = arg.lstrip('-').partition('=')[0]
     if arg.startswith('-') and field == 'config.preset':

@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -110,3 +111,36 @@ def test_every_command_of_the_config_has_its_module():
   c.command = 'play'
   with pytest.raises(config.ConfigError, match="'selfplay', 'seed'"):
     config.validate(c)
+
+
+@pytest.mark.parametrize('text, words', [
+    ('import no_such_module', "'{file}' (own.py:1; --traceback shows more) : ModuleNotFoundError"),
+    ('def get_config(arg=None):\n  return misspelt', '(own.py:2; --traceback shows more) : NameE'),
+    ('def get_config(arg=None):\n  1 / 0', 'ZeroDivisionError'),
+    ('def get_config(arg=None):\n  pass', 'its get_config gives NoneType, and must return'),
+    ('def get_config():\n  return 1', 'TypeError: get_config() takes 0'),
+    ('from absolute_zero_jax import config\n'
+     'def get_config(arg=None):\n  c = config.get_config()\n'
+     '  c.selfplya.batch = 3\n  return c', 'Did you mean "selfplay"'),
+])
+def test_a_mistake_in_a_users_config_is_named_with_its_file(tmp_path, capsys, text, words):
+  file = tmp_path / 'own.py'
+  file.write_text(text)
+  assert main.main(['x', '--config', str(file)]) == 2
+  said = ' '.join(capsys.readouterr().err.split())
+  assert words.format(file=file) in said and '\\' not in said
+
+
+def test_a_workdir_that_is_a_file_is_refused(tmp_path, capsys):
+  (tmp_path / 'file').write_text('')
+  assert main.main(['x', '--config', 'configs/smoke.py', '--workdir', str(tmp_path / 'file')]) == 2
+  assert 'is a file; give a folder' in ' '.join(capsys.readouterr().err.split())
+
+
+def test_out_of_memory_says_what_to_change(monkeypatch, capsys, tmp_path):
+  def run(c, workdir):
+    raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 640000000000 bytes.\nmore')
+  monkeypatch.setattr(main.importlib, 'import_module', lambda name: types.SimpleNamespace(run=run))
+  assert main.main(['x', '--config', 'configs/smoke.py', '--workdir', str(tmp_path / 'w')]) == 1
+  said = ' '.join(capsys.readouterr().err.split())
+  assert 'out of memory' in said and 'train.micro_batch_tokens' in said and 'more' not in said
