@@ -7,8 +7,9 @@ must hold with the gate switched off.
 
 Rules: at most `MAX_SOURCE_CHARS` of text; parses and compiles; a plain `def f` at top level; only
 modules of the allow-list, by whatever spelling (`import`, `from`, alias, `__import__`, importlib,
-the private attribute of another module), and none as a value, which may be an alias; no name or attribute that leads out of the program
-(`eval`, `open`, `__subclasses__`, `__globals__`, ...). Classes may define special methods.
+the private attribute of another module), and none as a value, which may be an alias; no name or
+attribute that leads out of the program (`eval`, `open`, `__subclasses__`, `__globals__`, ...).
+Classes may define special methods.
 """
 
 import ast
