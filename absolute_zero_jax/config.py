@@ -276,7 +276,8 @@ def get_config() -> ConfigDict:
   # Answers to the same prompt hold it once; saves most where prompts are longer than answers.
   c.train.share_prompts = False
 
-  # LoRA adapters instead of full weights; rank 0 = off.
+  # LoRA adapters instead of full weights; rank 0 = off. They are merged in the weights' dtype:
+  # over bfloat16 weights (model.param_dtype) the changes of small learning rates are rounded away.
   c.lora = ConfigDict()
   c.lora.rank = 0
   c.lora.alpha = 16.0
