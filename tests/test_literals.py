@@ -253,7 +253,8 @@ def test_a_call_of_f_in_an_input_asks_for_its_result():
 
 @pytest.mark.parametrize('text', [
   'set(range(0, 37778931862957161693184, 2305843009213693951))',
-  'frozenset(range(0, 37778931862957161693184, 2305843009213693951))', 'dict(zip(range(0, 2**73, 2**61 - 1), range(4096)))',
+  'frozenset(range(0, 37778931862957161693184, 2305843009213693951))',
+  'dict(zip(range(0, 2**73, 2**61 - 1), range(4096)))',
   'set(list(range(0, 37778931862957161693184, 2305843009213693951)))',
   '{i * (2**61 - 1) for i in range(3000)}', '{i * (2**61 - 1): 0 for i in range(3000)}',
   "bytes('" + ''.join(chr(0x4e00 + 7 * i % 2000) for i in range(2000)) + "', 'punycode')",
