@@ -155,7 +155,7 @@ def _check_config_flags(args: list[str]) -> None:
     c = module['get_config'](file_arg or None)
   except (ValueError, OSError):              # says what is wrong in its own words
     raise
-  except Exception as e:
+  except Exception as e:                     # the file is code of the user's: anything may happen
     text = str(e).replace('\\n', ' ').replace("\\'", "'")
     raise ValueError(f'--config {path!r} {_place(e)}: {type(e).__name__}: {text}') from e
   if not isinstance(c, config_lib.ConfigDict):

@@ -166,7 +166,7 @@ def compiled_step(model, tx, c: config_lib.ConfigDict) -> Callable[..., Any]:
     params = optimizer.round_tree(wide, state.params, key)
     return learner_lib.TrainState(state.step + 1, params, opt_state), sums | {'norm': norm}
 
-  return jax.jit(step, donate_argnums=(0,), 
+  return jax.jit(step, donate_argnums=(0,),
                  compiler_options=sharding.compiler_options(dtype=c.model.dtype))
 
 

@@ -245,6 +245,8 @@ def test_one_word_is_not_taken_for_its_letters(option):
     'import math\nimport re\ndef f(x):\n  return math.floor(x)']),
   ('import math as m\ndef f(x):\n  return m.floor(x)', [
     'import math as q\ndef f(y):\n  return q.floor(y)']),
+  ('class A:\n  import math as m\n  y = m.pi\ndef f(x):\n  return A.y', [
+    'class A:\n  global q\n  import math as n\n  y = n.pi\ndef f(x):\n  return A.y']),
   ('def f(x):\n  match x:\n    case {"a": 1, **r}: return r', [
     'def f(x):\n  match x:\n    case {"a": 1, **s}: return s']),
   ('def f(x):\n  return x.count(1)', ['def f(count):\n  return count.count(1)']),

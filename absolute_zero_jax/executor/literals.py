@@ -14,22 +14,15 @@ its work to the checker.
 import ast
 import dataclasses
 import math
-import operator
 import re
 from typing import Any
 
-from absolute_zero_jax.executor import values
+from absolute_zero_jax.executor import bounded, values
+from absolute_zero_jax.executor.bounded import LiteralError
 
 MAX_CHARS = 8192
 MAX_NESTING = 100
-_MAX_BITS = 1 << 14
-_MAX_LENGTH = 1 << 14       # members of a folded container or characters of a folded string
 _MAX_ARGUMENTS = 64
-_MAX_CLASHES = 256          # members of a set that have the hash of another one
-
-
-class LiteralError(values.ValuesError):
-  """The text is not the literal it should be; the message is a short reason."""
 
 
 class NeedsCall(LiteralError):
@@ -155,127 +148,6 @@ def _parse(text: str, frame: str) -> ast.Expression:
     raise LiteralError('syntax') from e
 
 
-def _literal_size(x: Any) -> int:
-  return len(x) if isinstance(x, (str, bytes, list, tuple, dict, set, frozenset, range)) else 1
-
-
-def _total(x: Any) -> int:
-  """Members and characters at every depth, shared ones each time: what printing or comparing costs.
-
-  Raises:
-    LiteralError: more than `_MAX_LENGTH`; `[[0] * 9999] * 9999` is quick to make and slow to use.
-  """
-  total, todo = 0, [x]
-  while todo:
-    x = todo.pop()
-    t = type(x)
-    if t is str or t is bytes:
-      total += len(x)
-    elif t is dict:
-      total += 2 * len(x)
-      todo += x.keys()
-      todo += x.values()
-    elif t is list or t is tuple or t is set or t is frozenset:
-      total += len(x)
-      todo += x
-    elif t is int:
-      total += x.bit_length() >> 4
-    if total > _MAX_LENGTH:
-      raise LiteralError('too big')
-  return total
-
-
-def _bounded(x: Any) -> Any:
-  if type(x) is int and x.bit_length() > _MAX_BITS:
-    raise LiteralError('too big')
-  if _literal_size(x) > _MAX_LENGTH:
-    raise LiteralError('too big')
-  return x
-
-
-def _check_hashes(members: Any) -> None:
-  """Refuses members of a set or dict that meet in one place: numbers that differ by 2**61 - 1.
-
-  Putting n of those in compares n**2 / 2 pairs.
-  """
-  first_of, clashes = {}, 0
-  for x in members:
-    if type(x) is list or type(x) is dict or type(x) is set:      # not hashable: the caller says so
-      return
-    first = first_of.setdefault(hash(x), x)
-    clashes += first is not x and first != x
-    if clashes > _MAX_CLASHES:
-      raise LiteralError('too big')
-
-
-def _mul(a, b):
-  for x, y in ((a, b), (b, a)):
-    if type(x) is int and not isinstance(y, (int, float, complex)):
-      if x * _literal_size(y) > _MAX_LENGTH:
-        raise LiteralError('too big')
-  return a * b
-
-
-def _pow(a, b):
-  if type(a) is int and type(b) is int and b > 0 and a.bit_length() * b > _MAX_BITS:
-    raise LiteralError('too big')
-  return a ** b
-
-
-def _shift(a, b):
-  if b > _MAX_BITS:
-    raise LiteralError('too big')
-  return a << b
-
-
-def _mod(a, b):
-  if isinstance(a, (str, bytes)):   # '%999999999d' % 1
-    raise LiteralError('string formatting')
-  return a % b
-
-
-def _round(x, digits=None):
-  if digits is not None and abs(digits) > 400:    # round(7, -10**9) computes 10**10**9
-    raise LiteralError('too big')
-  return round(x, digits)
-
-
-_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: _mul, ast.Pow: _pow,
-           ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: _mod,
-           ast.LShift: _shift, ast.RShift: operator.rshift, ast.BitOr: operator.or_,
-           ast.BitAnd: operator.and_, ast.BitXor: operator.xor}
-_UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Invert: operator.invert,
-          ast.Not: operator.not_}
-_COMPARISONS = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt,
-                ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
-                ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b}
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-# Constructors of values that have no literal of their own; allowed in answers too.
-_CONSTRUCTORS = {'set': set, 'frozenset': frozenset, 'dict': dict, 'list': list, 'tuple': tuple,
-                 'float': float, 'complex': complex, 'bytes': bytes, 'range': range}
-# What they take in an answer: `list(set(x))` would have the checker sort and drop repeats, and
-# `float('007_0.50')` would have it read.
-_TAKES = dict.fromkeys(('list', 'tuple'), (list, tuple, range)) | dict.fromkeys(
-    ('set', 'frozenset'), (list, tuple, range, set, frozenset)) | {
-        'dict': (list, tuple, dict), 'bytes': (list, tuple, range), 'float': (str, float),
-        'complex': (int, float)}
-_NOT_A_NUMBER = re.compile(r'[+-]?(nan|inf|infinity)', re.IGNORECASE)
-_CALLS = {**_CONSTRUCTORS, 'int': int, 'str': str, 'bool': bool, 'len': len, 'sum': sum, 'min': min,
-          'max': max, 'abs': abs, 'round': _round, 'sorted': sorted, 'ord': ord, 'chr': chr,
-          'reversed': lambda x: list(x)[::-1], 'enumerate': lambda *a: list(
-              enumerate(*a)), 'zip': lambda *a: list(zip(*a)), 'bin': bin, 'hex': hex, 'oct': oct}
-# Methods whose result is no larger than receiver and arguments together.
-_METHODS = {
-    str: frozenset('upper lower title capitalize swapcase casefold strip lstrip rstrip split '
-                   'rsplit splitlines startswith endswith find rfind index count isdigit isalpha '
-                   'isalnum isupper islower removeprefix removesuffix'.split()),
-    bytes: frozenset('upper lower strip split hex'.split()),
-    list: frozenset(('index', 'count', 'copy')),
-    tuple: frozenset(('index', 'count')),
-    dict: frozenset(('get', 'copy')),
-}
-
-
 class _Folder:
   """Values of constant syntax nodes. Every intermediate result is bounded."""
 
@@ -289,7 +161,7 @@ class _Folder:
     self._charge(1)
     made = self._value(n)
     if self._has_grown:
-      self._charge(_total(made) >> 3)
+      self._charge(bounded.total(made) >> 3)
     return made
 
   def _charge(self, cost: int) -> None:
@@ -300,7 +172,7 @@ class _Folder:
   def _value(self, n: ast.expr) -> Any:
     t = type(n)
     if t is ast.Constant:
-      return _bounded(n.value)
+      return bounded.bounded(n.value)
     if t is ast.List:
       return [self.value(e) for e in n.elts]
     if t is ast.Tuple:
@@ -325,7 +197,7 @@ class _Folder:
       return self._binary(n)
     if t is ast.Call:
       return self._call(n)
-    if self._expressions and t in _COMPREHENSIONS:
+    if self._expressions and t in bounded.COMPREHENSIONS:
       return self._comprehension(n)
     if self._expressions and t is ast.Compare:
       return self._compare(n)
@@ -336,24 +208,24 @@ class _Folder:
     if not self._expressions and (type(n.op) not in (ast.USub, ast.UAdd)
                                   or type(operand) not in (int, float, complex)):
       raise LiteralError('expression')
-    return _UNARY[type(n.op)](operand)
+    return bounded.UNARY[type(n.op)](operand)
 
   def _binary(self, n: ast.BinOp) -> Any:
     self._has_grown = True
     left, right = self.value(n.left), self.value(n.right)
-    op = _BINARY.get(type(n.op))
+    op = bounded.BINARY.get(type(n.op))
     is_complex = (type(n.op) in (ast.Add, ast.Sub) and type(right) is complex
                   and type(left) in (int, float))
     if op is None or not (self._expressions or is_complex):
       raise LiteralError('expression')
-    return _bounded(op(left, right))
+    return bounded.bounded(op(left, right))
 
   def _comprehension(self, n: ast.expr) -> Any:
     self._has_grown = True
     made = []
     self._loop(n, n.generators, made)
     if type(n) in (ast.DictComp, ast.SetComp):
-      _check_hashes([key for key, _ in made] if type(n) is ast.DictComp else made)
+      bounded.check_hashes([key for key, _ in made] if type(n) is ast.DictComp else made)
     if type(n) is ast.DictComp:
       return dict(made)
     return set(made) if type(n) is ast.SetComp else made
@@ -377,9 +249,9 @@ class _Folder:
   def _compare(self, n: ast.Compare) -> bool:
     left = self.value(n.left)
     for op, right in zip(n.ops, map(self.value, n.comparators)):
-      if type(op) not in _COMPARISONS:
+      if type(op) not in bounded.COMPARISONS:
         raise LiteralError('comparison')
-      if not _COMPARISONS[type(op)](left, right):
+      if not bounded.COMPARISONS[type(op)](left, right):
         return False
       left = right
     return True
@@ -394,14 +266,14 @@ class _Folder:
       inputs = _arguments(tuple(args), kwargs)
       if inputs not in self._calls:
         raise NeedsCall(inputs)
-      return _bounded(self._calls[inputs])
+      return bounded.bounded(self._calls[inputs])
     if type(n.func) is ast.Name:
-      allowed = _CALLS if self._expressions else _CONSTRUCTORS
+      allowed = bounded.CALLS if self._expressions else bounded.CONSTRUCTORS
       function = allowed.get(n.func.id)
       if function is None or (kwargs and n.func.id not in ('dict', 'sorted', 'max', 'min')):
         raise LiteralError(f'call of {n.func.id[:40]!r}')
       self._check_call(n.func.id, args)
-      return _bounded(function(*args, **kwargs))
+      return bounded.bounded(function(*args, **kwargs))
     if type(n.func) is not ast.Attribute or not self._expressions:
       raise LiteralError('call')
     return self._method(self.value(n.func.value), n.func.attr, args, kwargs)
@@ -417,26 +289,26 @@ class _Folder:
         raise LiteralError('conversion')
     if name in ('set', 'frozenset', 'dict'):
       is_pairs = name == 'dict' and type(first) in (list, tuple)
-      _check_hashes([pair[0] for pair in first] if is_pairs else first)
+      bounded.check_hashes([pair[0] for pair in first] if is_pairs else first)
     if self._expressions:
       return
-    if not all(isinstance(a, _TAKES.get(name, object)) for a in args):
+    if not all(isinstance(a, bounded.TAKES.get(name, object)) for a in args):
       raise LiteralError('conversion')
-    if name == 'float' and type(first) is str and not _NOT_A_NUMBER.fullmatch(first):
+    if name == 'float' and type(first) is str and not bounded.NOT_A_NUMBER.fullmatch(first):
       raise LiteralError('conversion')
 
   def _method(self, receiver: Any, name: str, args: list, kwargs: dict) -> Any:
     if type(receiver) is str and name == 'join' and len(args) == 1:
       parts = list(args[0])
-      if sum(len(p) + len(receiver) for p in parts) > _MAX_LENGTH:
+      if sum(len(p) + len(receiver) for p in parts) > bounded.MAX_LENGTH:
         raise LiteralError('too big')
       return receiver.join(parts)
     if type(receiver) is str and name == 'replace' and len(args) == 2 and not kwargs:
-      if (len(receiver) + 1) * (len(args[1]) + 1) > _MAX_LENGTH:
+      if (len(receiver) + 1) * (len(args[1]) + 1) > bounded.MAX_LENGTH:
         raise LiteralError('too big')
       return receiver.replace(*args)
     if type(receiver) is str and name == 'encode' and (args or ['utf-8']) == ['utf-8']:
       return receiver.encode()
-    if kwargs or name not in _METHODS.get(type(receiver), ()):
+    if kwargs or name not in bounded.METHODS.get(type(receiver), ()):
       raise LiteralError(f'method {name[:40]!r}')
-    return _bounded(getattr(receiver, name)(*args))
+    return bounded.bounded(getattr(receiver, name)(*args))

@@ -78,12 +78,11 @@ class _Plain(ast.NodeTransformer):
 
   def __init__(self):
     self._bound: list[set[str]] = []     # by the functions around
+    self._fields: set[int] = set()       # what classes annotate
 
   def visit_ClassDef(self, node):
-    # What a class annotates are its fields.
-    node.body = [statement if isinstance(statement, ast.AnnAssign) else self.visit(statement)
-                 for statement in node.body]
-    return node
+    self._fields.update(id(x) for x in node.body if isinstance(x, ast.AnnAssign))
+    return self.generic_visit(node)
 
   def visit_FunctionDef(self, node):
     node.returns = None
@@ -98,6 +97,8 @@ class _Plain(ast.NodeTransformer):
     return node
 
   def visit_AnnAssign(self, node):
+    if id(node) in self._fields:
+      return node
     if node.value is None and node.simple:
       return None
     target = self.visit(node.target)
