@@ -208,6 +208,7 @@ def _stem(path: Any) -> str:
 
 _AXIS = ((lambda x: x == -1 or x >= 1), '1 or more, or -1 for all devices that are left')
 _DTYPE = _one_of('float32', 'bfloat16')
+_LARGE = 2**20                   # more rows or tokens than one axis of an array can use
 
 _CHECKS = {
     'command': _one_of('selfplay', 'seed', 'pretrain', 'evaluate'),
@@ -249,16 +250,16 @@ _CHECKS = {
     'seeding.clean': ((lambda x: set(x) <= {'comments', 'globals', 'prints'}),
                       "some of 'comments', 'globals', 'prints'"),
     'seeding.patience': _at_least(1),
-    'sampler.slots': _at_least(1),
-    'sampler.min_slots': _at_least(0),
-    'sampler.chunk': _at_least(1),
-    'sampler.cache_block': _at_least(0),
-    'sampler.prompt_block': _at_least(0),
+    'sampler.slots': _between(1, _LARGE),
+    'sampler.min_slots': _between(0, _LARGE),
+    'sampler.chunk': _between(1, _LARGE),
+    'sampler.cache_block': _between(0, _LARGE),
+    'sampler.prompt_block': _between(0, _LARGE),
     'sampler.max_programs': _at_least(0),
     'sampler.cpu_devices': ((lambda x: x >= -1), '0 or more, or -1 for one per core'),
-    'sampler.max_prompt_tokens': _at_least(1),
-    'sampler.max_propose_tokens': _at_least(1),
-    'sampler.max_solve_tokens': _at_least(1),
+    'sampler.max_prompt_tokens': _between(1, _LARGE),
+    'sampler.max_propose_tokens': _between(1, _LARGE),
+    'sampler.max_solve_tokens': _between(1, _LARGE),
     'sampler.temperature': _above(0),
     'sampler.top_k': _at_least(0),
     'sampler.top_p': ((lambda x: 0 < x <= 1), 'more than 0, at most 1'),
@@ -291,7 +292,7 @@ _CHECKS = {
     'train.length_buckets': ((lambda x: list(x) == sorted(set(x)) and all(
         isinstance(n, int) and n >= 16 for n in x)),
                              'ascending lengths of at least 16, or ()'),
-    'train.micro_batch_tokens': _at_least(1),
+    'train.micro_batch_tokens': _between(1, 2**30),
     'pretrain.batch': _at_least(1),
     'pretrain.line_tokens': _at_least(64),
     'pretrain.depths': ((lambda x: bool(x) and all(d in range(6) for d in x)),

@@ -39,32 +39,19 @@ _REMOTE = ('gs', 's3')
 # Files of Python and of packages: an error that comes from there alone is not the user's code.
 _LIBRARIES = {pathlib.Path(sysconfig.get_path(name)).resolve()
               for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')}
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'Config file, e.g. configs/smollm2.py, with arguments after a colon: '
-    'configs/smollm2.py:gpu.', lock_config=True, flag_values=_FLAGS)
-_WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Folder for checkpoints, logs and records; local or remote (gs://...). '
-    'Default: runs/NAME_OF_CONFIG.', flag_values=_FLAGS)
-_DRY_RUN = flags.DEFINE_bool(
-    'dry_run', False, 'Print the resolved config and stop.', flag_values=_FLAGS)
-_TRACEBACK = flags.DEFINE_bool(
-    'traceback', False, 'Show the full traceback of an error.', flag_values=_FLAGS)
-_HELP = flags.DEFINE_bool('help', False, 'Show this text.', short_name='h', flag_values=_FLAGS)
-
-
 def main(argv: list[str] | None = None) -> int:
   """Runs one command line; returns the exit status: 0, 1 (failed), 2 (bad flags), 130 (Ctrl-C)."""
   argv = sys.argv if argv is None else argv
+  values = _flags(argv)
   try:
-    c, workdir = parse(argv)
+    c, workdir = _parse(argv, values)
     if c is None:
-      print(f'{USAGE}\nFlags:\n{_FLAGS.get_help()}{_about(argv)}')
+      print(f'{USAGE}\nFlags:\n{values.get_help()}{_about(argv)}')
       return 0
     config_lib.validate(c)
   except (flags.Error, OSError, ValueError, KeyError, AttributeError, TypeError, SyntaxError) as e:
-    return _fail(e, 2)
-  if _DRY_RUN.value:
+    return _fail(e, 2, values)
+  if values.dry_run:
     print(c)
     return 0
   try:
@@ -82,42 +69,56 @@ def main(argv: list[str] | None = None) -> int:
     return 130
   except (ValueError, OSError, ImportError, ExecutorError) as e:
     # A truncated file, a wrong tokenizer, a full disk: the message says what and what to do.
-    return _fail(e, 1, f'{_place(e)}{_resume_hint(workdir, again=isinstance(e, OSError))}')
+    return _fail(e, 1, values, f'{_place(e)}{_resume_hint(workdir, again=isinstance(e, OSError))}')
   except RuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     reason = RuntimeError(f'out of memory: {str(e).strip().splitlines()[0]}')
-    return _fail(reason, 1, f'Try a smaller train.micro_batch_tokens or sampler.slots, '
+    return _fail(reason, 1, values, f'Try a smaller train.micro_batch_tokens or sampler.slots, '
                  "model.remat='full', or model.dtype and model.param_dtype='bfloat16'. "
                  f'{_resume_hint(workdir, again=False)}')
   return 0
 
 
-def parse(argv: list[str]):
+def _flags(argv: list[str]) -> flags.FlagValues:
+  """The flags of one command line: of each its own, so that a notebook can run several."""
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+      'config', None, 'Config file, e.g. configs/smollm2.py, with arguments after a colon: '
+      'configs/smollm2.py:gpu.', lock_config=True, flag_values=values, sys_argv=argv)
+  flags.DEFINE_string(
+      'workdir', None, 'Folder for checkpoints, logs and records; local or remote (gs://...). '
+      'Default: runs/NAME_OF_CONFIG.', flag_values=values)
+  flags.DEFINE_bool('dry_run', False, 'Print the resolved config and stop.', flag_values=values)
+  flags.DEFINE_bool('traceback', False, 'Show the full traceback of an error.', flag_values=values)
+  flags.DEFINE_bool('help', False, 'Show this text.', short_name='h', flag_values=values)
+  return values
+
+
+def _parse(argv: list[str], values: flags.FlagValues):
   """(config, workdir) from a command line; config is None when help was asked for.
 
   Raises ValueError, or what the flags library and the config file raise, for a bad command line.
   """
-  _FLAGS.unparse_flags()
   _check_config_flags(argv[1:])
-  rest = _FLAGS(argv)
-  if _HELP.value:
+  rest = values(argv)
+  if values.help:
     return None, None
   if len(rest) > 1:
     raise ValueError(f'{rest[1]!r} is no flag; flags start with --. See --help.')
-  if _CONFIG.value is None:
+  if values.config is None:
     raise ValueError('--config is missing, e.g. --config configs/smollm2.py. See --help.')
-  name = config_flags.get_config_filename(_FLAGS['config']).partition(':')[0]
+  name = config_flags.get_config_filename(values['config']).partition(':')[0]
   stem = name.rpartition('/')[2].removesuffix('.py')
   # The shell leaves the ~ of --workdir=~/x alone.
-  workdir = os.path.expanduser(_WORKDIR.value or f'runs/{stem}')
+  workdir = os.path.expanduser(values.workdir or f'runs/{stem}')
   scheme, remote, _ = workdir.partition('://')
   if remote and scheme not in _REMOTE:
     raise ValueError(f'--workdir {workdir!r}: {scheme}:// is unknown; allowed: a local folder, '
                      f'{", ".join(f"{name}://" for name in _REMOTE)}.')
   if not remote and os.path.exists(workdir) and not os.path.isdir(workdir):
     raise ValueError(f'--workdir {workdir!r} is a file; give a folder, which need not exist.')
-  return _CONFIG.value, workdir
+  return values.config, workdir
 
 
 def _config_spec(args: list[str]) -> str | None:
@@ -170,8 +171,8 @@ def _check_config_flags(args: list[str]) -> None:
       config_lib.check_field(c, field.removeprefix('config.'))
 
 
-def _fail(e: Exception, status: int, hint: str = '') -> int:
-  if _FLAGS.is_parsed() and _TRACEBACK.value:
+def _fail(e: Exception, status: int, values: flags.FlagValues, hint: str = '') -> int:
+  if values.is_parsed() and values.traceback:
     raise e
   text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e) or type(e).__name__
   text = text.rstrip() if text.rstrip().endswith(('.', '?', '!')) else f'{text.rstrip()}.'

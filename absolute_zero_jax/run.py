@@ -114,8 +114,9 @@ class Run:
                                        else parts.model_without_parameters(c))
     self.tokenizer = parts.tokenizer(c, self.source)
     self.tokenizer.check(self.model.vocab)
-    self._say(f'model: {c.model.name}, {_count(decoder.param_specs(self.model)) / 1e6:.0f}M '
-              f'parameters, {time.perf_counter() - start:.1f} s')
+    count = _count(decoder.param_specs(self.model))
+    self._say(f'model: {c.model.name}, {count / 1e6:.{1 if count < 1e7 else 0}f}M parameters, '
+              f'{time.perf_counter() - start:.1f} s')
     if c.model.tokenizer and self.source and 2 * self.tokenizer.vocab_size < self.model.vocab:
       self._say(f'note: model.tokenizer={c.model.tokenizer!r} has {self.tokenizer.vocab_size} '
                 f'tokens, the model {self.model.vocab}: is it the one the model was trained with?')
@@ -123,6 +124,9 @@ class Run:
     if longest > self.model.max_positions:
       self._say(f'note: sampler.max_prompt_tokens and the longest response are {longest} tokens '
                 f'together; the model was made for {self.model.max_positions}')
+    if c.selfplay.mc_samples == 1 and c.selfplay.train_propose and c.command == 'selfplay':
+      self._say('note: with selfplay.mc_samples=1 every task is solved always or never, so that '
+                'its learnability is 0; proposers are paid for it from 2 on')
 
     self.learner = parts.learner(c, self.model, self.mesh, algorithm, optimizer)
     self.sampler = parts.sampler(c, self.model, self.mesh, self.tokenizer)
@@ -181,8 +185,12 @@ class Run:
     before = self.sampler.stats()
     source = self.buffer.snapshot() if rounds > 1 else self.buffer
     results, updates, episodes = [], [], []
-    behind = _Behind(self, timer) if self.c.train.off_policy_steps else None
-    tools = self.tools if behind is None else self.tools._replace(idle=behind.dispatch)
+    behind = _Behind(self) if self.c.train.off_policy_steps else None
+
+    def idle():
+      with timer('update'):
+        behind.dispatch()
+    tools = self.tools if behind is None else self.tools._replace(idle=idle)
     for n in range(rounds):
       rng = np.random.default_rng([self.c.seed, step, n] if n else [self.c.seed, step])
       results.append(selfplay.iterate(
@@ -363,15 +371,13 @@ class _Behind:
   importance weights make up for that. The rows of the latest play wait in the checkpoint.
   """
 
-  def __init__(self, run: Run, timer: metrics.Timer):
-    self._run, self._timer = run, timer
+  def __init__(self, run: Run):
+    self._run = run
     self._numbers: Callable[[], dict[str, float]] | None = None
 
   def dispatch(self) -> None:
     """Starts the update, if there is one, and it has not been started."""
-    if self._run._ahead is None:
-      return
-    with self._timer('update'):
+    if self._run._ahead is not None:
       _, work = self._run._ahead
       self._run._ahead = None
       self._numbers = self._run._dispatch(work)

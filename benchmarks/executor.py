@@ -5,7 +5,8 @@
 
 Prints one table of ratios with their targets; absolute numbers are logs of this machine. Needs
 `pebble` for the AZR-shaped step. As root it runs at a raised priority, so that other work on the
-machine disturbs less.
+machine disturbs less. The data are `cruxeval/cruxeval_even.jsonl` (every other one of CRUXEval's
+800 programs: `id`, `code`, `input`) and `azr_seeds/*.jsonl` (the reference's seed tasks).
 """
 
 import argparse
@@ -380,10 +381,14 @@ def main():
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--only', default='programs,many_inputs,step,latency')
   options = parser.parse_args()
+  data = pathlib.Path(options.data)
+  for name in ('cruxeval', 'azr_seeds'):
+    if not (data / name).is_dir():
+      parser.error(f'{data / name} is no folder; give the folder that holds it as --data')
   _raise_priority()
   for name in options.only.split(','):
     print(f'{name}:')
-    globals()[name](pathlib.Path(options.data), options.rounds)
+    globals()[name](data, options.rounds)
   print('\n| figure | measured | target | holds | log |\n|---|---|---|---|---|')
   for line in TABLE:
     print('| ' + ' | '.join(line) + ' |')

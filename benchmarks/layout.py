@@ -26,7 +26,8 @@ WAYS = {'apart': {}, 'packed': {'pack': True}, 'shared': {'share_prompts': True}
 def main() -> None:
   flags = _flags()
   parts.use_compilation_cache()
-  c = runpy.run_path(flags.config)['get_config']()
+  path, _, arg = flags.config.partition(':')
+  c = runpy.run_path(path)['get_config'](arg or None)
   c.train.pack = c.train.share_prompts = False
   seen, times = {}, {way: [] for way in WAYS}
   with run.Run(c) as current:
@@ -66,7 +67,8 @@ def _changed(c, fields):
 def _flags():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--config', default='configs/smollm2.py')
+  parser.add_argument('--config', default='configs/smollm2.py',
+                      help='config file, arguments after a colon')
   parser.add_argument('--rounds', type=int, default=3, help='measured, of each way')
   return parser.parse_args()
 

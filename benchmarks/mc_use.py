@@ -2,7 +2,7 @@
 """Reward per generated token: Monte-Carlo answers thrown away, trained on too, or reused.
 
     python benchmarks/mc_use.py --config configs/tiny.py --tokens 2000000 --seeds 0,1,2
-    python benchmarks/mc_use.py --config configs/smoke.py --quick        runs, measures nothing
+    python benchmarks/mc_use.py --config configs/tiny.py --quick         runs, measures nothing
 
 Every run starts from the same weights and plays until it has generated `--tokens` tokens, proposals
 and answers of all kinds together. Before and after, the policy answers the same probe: tasks that

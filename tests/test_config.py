@@ -39,6 +39,7 @@ def test_shipped_configs_are_valid_and_documented(path):
     ('train.steps', 'ten', 'type int'),
     ('sampler.top_p', 0.0, 'more than 0'),
     ('sampler.temperature', 0.0, 'more than 0'),
+    ('sampler.chunk', 10**12, '1 to 1048576'),
     ('optimizer.b2', 1.0, 'less than 1'),
     ('selfplay.kinds', (), 'one or more'),
     ('selfplay.kinds', ('deduction', 'deduction'), 'distinct'),

@@ -70,7 +70,6 @@ def test_an_interrupt_says_what_is_saved(tmp_path, monkeypatch, capsys):
     raise KeyboardInterrupt
   monkeypatch.setattr(train, 'run', interrupted)
   argv = ['x', '--config', str(ROOT / 'configs/tiny.py'), '--workdir', str(tmp_path)]
-  monkeypatch.setattr(sys, 'argv', argv)
   assert main.main(argv) == 130
   assert ('Nothing was saved yet (checkpoint.every_steps=5): the same command begins anew'
           in capsys.readouterr().err)
@@ -80,13 +79,24 @@ def test_an_interrupt_says_what_is_saved(tmp_path, monkeypatch, capsys):
   assert f'up to step 10 is safe in {tmp_path}; the same' in capsys.readouterr().err
 
 
+def test_a_process_runs_several_command_lines_each_with_its_own_overrides(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['ipykernel_launcher', '--f=kernel.json'])   # of a notebook
+  start = ['x', '--config', str(ROOT / 'configs/smoke.py'), '--dry_run']
+  said = []
+  for more in (['--config.train.steps=31'], ['--config.train.minutes=7.5'], []):
+    assert main.main(start + more) == 0
+    said.append(capsys.readouterr().out)
+  assert 'steps: 31' in said[0] and 'minutes: 7.5' not in said[0]
+  assert 'steps: 31' not in said[1] and 'minutes: 7.5' in said[1]
+  assert 'steps: 31' not in said[2] and 'minutes: 7.5' not in said[2]
+
+
 def test_an_error_of_the_users_own_code_says_where(tmp_path, monkeypatch, capsys):
   (tmp_path / 'mine_raises.py').write_text(
       'def reward(**fields):\n  raise ValueError("not mine")\n')
   monkeypatch.syspath_prepend(tmp_path)
   argv = ['x', '--config', str(ROOT / 'configs/smoke.py'), '--workdir', str(tmp_path / 'run'),
           '--config.reward.name=mine_raises:reward']
-  monkeypatch.setattr(sys, 'argv', argv)
   assert main.main(argv) == 1
   text = ' '.join(capsys.readouterr().err.split())
   assert 'not mine' in text and 'mine_raises.py:2; --traceback' in text
