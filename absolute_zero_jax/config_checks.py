@@ -89,6 +89,9 @@ def _check_together(c: ConfigDict) -> None:
   if c.command == 'pretrain' and any(size not in (1, -1) for size in axes):
     raise ConfigError(f"mesh={tuple(axes)}: command='pretrain' trains on one device; leave its "
                       'axes at 1 or -1.')
+  if c.command == 'pretrain' and c.pretrain.questions > c.selfplay.induction_cases:
+    raise ConfigError(f'pretrain.questions={c.pretrain.questions} asks for other inputs each, and '
+                      f'programs have selfplay.induction_cases={c.selfplay.induction_cases}.')
   if c.executor.name == 'local':
     _check_local(c.executor)
   others = set(c.selfplay.kinds) - {'abduction', 'deduction', 'induction'}
@@ -295,7 +298,8 @@ _CHECKS = {
     'train.micro_batch_tokens': _between(1, 2**30),
     'pretrain.batch': _at_least(1),
     'pretrain.line_tokens': _at_least(64),
-    'pretrain.depths': ((lambda x: bool(x) and all(d in range(6) for d in x)),
+    'pretrain.depths': ((lambda x: bool(x) and all(
+        isinstance(d, int) and d in range(6) for d in x)),
                         'numbers of statements, 0 to 5'),
     'pretrain.propose': _between(0, 1),
     'pretrain.induce': _between(0, 1),

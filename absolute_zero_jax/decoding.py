@@ -86,7 +86,7 @@ def weights(config: ModelConfig, params: decoder.Params, dtype: Any, mesh: Mesh 
 
   def lay(x, axes):
     # Norms and biases count in float32, as in the decoder.
-    x = x.astype(dtype) if x.ndim > 1 else x
+    x = x.astype(dtype if x.ndim > 1 else jnp.float32)
     if mesh is None:
       return x
     rules = sharding.RULES | {'embed': None}

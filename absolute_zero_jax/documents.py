@@ -24,6 +24,7 @@ from absolute_zero_jax.types import Role, Task
 THINK, REJECT = '\n# think', '\n# no'
 # Share of a batch that is filled: first-fit-decreasing finds room for nearly all of it.
 _FILL = 0.98
+_TRIES = 200              # documents of which one must fit a line
 # Lines of a program inside a thought.
 _GUESS = re.compile(r'((?:\n    .*)+)')
 
@@ -207,12 +208,20 @@ def thought(steps: Sequence[str]) -> str:
 
 
 def rows(write: Writer, tokenizer, rng: random.Random, shape: tuple[int, int]) -> Rows:
-  """`shape` (B, T) filled with whole documents; those longer than T are left out."""
+  """`shape` (B, T) filled with whole documents; those longer than T are left out.
+
+  Raises ValueError where all seem to be longer.
+  """
   B, T = shape
   ints = [np.full((B, T), fill, np.int32) for fill in (tokenizer.pad_id, 0, 0)]
   out = Rows(*ints, np.zeros((B, T), np.float32))
-  documents, total = [], 0
-  for ids, weights in encoded(write, tokenizer, rng):
+  documents, total, shortest = [], 0, None
+  for tried, (ids, weights) in enumerate(encoded(write, tokenizer, rng), 1):
+    shortest = min(shortest or len(ids), len(ids))
+    if tried == _TRIES and not documents:
+      raise ValueError(f'pretrain.line_tokens={T} is less than each of {_TRIES} documents has; the '
+                       f'shortest has {shortest}. Set it higher, or take another model.tokenizer '
+                       'or selfplay.prompts.')
     if len(ids) <= T:
       documents.append((ids, weights))
       total += len(ids)

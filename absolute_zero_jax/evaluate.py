@@ -3,10 +3,11 @@
 
   seed --test_set--> tasks --selfplay.answer (sampler, executor)--> right or wrong --> results.json
 
-The programs are a pure function of `heldout.seed`, in two parts: of the depth of pre-training, and
-deeper. A part may also be a file of programs that people wrote (`file_tasks`). Answers are checked
-by the executor as in self-play, since they are a model's. All numbers per item are kept in
-items.jsonl, so that two models can be compared item by item (`compare`).
+The programs are a pure function of `heldout.seed` (and of `selfplay.induction_cases`, the inputs
+that each must take), in two parts: of the depth of pre-training, and deeper. A part may also be a
+file of programs that people wrote (`file_tasks`). Answers are checked by the executor as in
+self-play, since they are a model's. All numbers per item are kept in items.jsonl, so that two
+models can be compared item by item (`compare`).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +23,8 @@ from etils import epath
 import jax
 import numpy as np
 
+from absolute_zero_jax import checkpoint, grammar, metrics, parts, selfplay
 from absolute_zero_jax import config as config_lib
-from absolute_zero_jax import grammar, metrics, parts, selfplay
 from absolute_zero_jax import sampler as sampler_lib
 from absolute_zero_jax.models import hub
 from absolute_zero_jax.tasks import identity
@@ -57,8 +58,11 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
       file_tasks(part, c.heldout.kinds)
   if c.heldout.base and not c.heldout.base.startswith('random:'):
     hub.resolve(c.heldout.base)
-  workdir.mkdir(parents=True, exist_ok=True)
-  with contextlib.closing(parts.executor(c)) as executor:
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(checkpoint.owned(workdir))
+    for name in ('results.json', 'items.jsonl', 'base_items.jsonl'):      # of an earlier evaluation
+      (workdir / name).unlink(missing_ok=True)
+    executor = stack.enter_context(contextlib.closing(parts.executor(c)))
     tools = selfplay.Tools(kinds=(), tokenizer=None, sample=None, submit=executor.submit,
                            prompts=prompts, rewards=None)
     items, base = _loaded(c, tools, console), None
@@ -68,6 +72,9 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
       other.model.name = c.heldout.base
       base = _loaded(other, tools, console)
   results = {'model': c.model.name, 'seed': c.heldout.seed, 'prompts': prompts.hash,
+             'test': {'count': c.heldout.count, 'parts': list(c.heldout.parts),
+                      'kinds': list(c.heldout.kinds), 'samples': c.heldout.samples,
+                      'induction_cases': c.selfplay.induction_cases},
              'scores': summarize(items)}
   console.line(table(results['scores']))
   if base is not None:

@@ -86,6 +86,7 @@ class Learner:
     pack, share_prompts, micro_batch_tokens, length_buckets: see `packing.plan`.
     chunk: see `logprobs.score`.
     dtype: that `hidden` computes in; for the compiler, see `sharding.compiler_options`.
+    vocab: token ids of rows must be below; 0 does not look.
   """
 
   def __init__(self, hidden: Callable[..., jax.Array], unembed: Callable[[Any], jax.Array],
@@ -95,7 +96,15 @@ class Learner:
                accumulate_dtype: str = 'float32', epochs: int = 1, mini_batches: int = 1,
                skip_zero_rows: bool = False, pack: bool = False, share_prompts: bool = False,
                micro_batch_tokens: int = 4096, length_buckets: Sequence[int] = (), chunk: int = 0,
-               dtype: Any = jnp.float32):
+               dtype: Any = jnp.float32, vocab: int = 0):
+    for name, value, holds, allowed in (
+        ('temperature', temperature, 0 < temperature < float('inf'), 'above 0'),
+        ('max_grad_norm', max_grad_norm, max_grad_norm >= 0, '0 (off) or more'),
+        ('epochs', epochs, epochs >= 1, '1 or more'),
+        ('mini_batches', mini_batches, mini_batches >= 1, '1 or more'),
+        ('micro_batch_tokens', micro_batch_tokens, micro_batch_tokens >= 1, '1 or more')):
+      if not holds:
+        raise ValueError(f'{name}={value!r} is impossible; allowed: {allowed}.')
     if old_logprobs not in OLD_LOGPROBS:
       raise ValueError(f'old_logprobs={old_logprobs!r} is unknown; allowed: {OLD_LOGPROBS}.')
     if isinstance(algorithm, str):
@@ -120,6 +129,7 @@ class Learner:
         packing.plan, micro_batch_tokens=micro_batch_tokens, pack=pack,
         share_prompts=share_prompts, buckets=length_buckets, blocks=sharding.row_shards(mesh),
         few_shapes=sharding.platform(mesh) != 'cpu')
+    self._vocab = vocab
     self._traces = 0
     self._compiled: dict[str, Any] = {}
 
@@ -147,6 +157,11 @@ class Learner:
       ValueError: malformed rows, or a KL coefficient without a reference.
     """
     a = self.algorithm
+    for i, row in enumerate(rows if self._vocab else ()):
+      largest = max((*row.prompt_ids, *row.response_ids), default=0)
+      if largest >= self._vocab:
+        raise ValueError(f'row {i} ({row.role} {row.kind}) has token id {largest}; the vocabulary '
+                         f'is 0 to {self._vocab - 1}.')
     values, about = self._logprobs_by_row(rows, params, frozen, reference)
     roles, rollout = packing.rollout(rows)
     if a.needs_old:
@@ -341,11 +356,18 @@ class Learner:
 def of_decoder(config: Any, tx: optax.GradientTransformation, algorithm: Any, *,
                mesh: Mesh | None = None, dtype: Any = jnp.float32, remat: str = 'full',
                attention: str = 'xla', **options: Any) -> Learner:
-  """The `Learner` of `models.decoder` with this `ModelConfig`; options as there."""
+  """The `Learner` of `models.decoder` with this `ModelConfig`; options as there.
+
+  Raises ValueError for options that cannot work, alone or together.
+  """
+  if attention == 'splash' and options.get('share_prompts'):
+    raise ValueError("attention='splash' cannot let responses share a prompt; set "
+                     "share_prompts=False, or attention='xla'.")
   hidden = functools.partial(decoder.hidden, config, dtype=jnp.dtype(dtype), remat=remat,
                              attention=attention, mesh=mesh,
                              packed=bool(options.get('pack') or options.get('share_prompts')))
-  return Learner(hidden, decoder.unembed, tx, algorithm, mesh=mesh, dtype=dtype, **options)
+  return Learner(hidden, decoder.unembed, tx, algorithm, mesh=mesh, dtype=dtype,
+                 **{'vocab': config.vocab} | options)
 
 
 def _norm(tree: Any) -> jax.Array:

@@ -44,8 +44,19 @@ def make_optimizer(learning_rate: float = 1e-6, *, name: str = 'adamw', schedule
       where bfloat16 resolves 0.4 %. Muon: of the momentum alone, rounded to nearest.
 
   Raises:
-    ValueError: an unknown name, schedule or decay; 'cosine' with no step after the warm-up.
+    ValueError: an unknown name, schedule or decay; a number that cannot work; 'cosine' with no step
+      after the warm-up.
   """
+  for field, value, holds, allowed in (
+      ('learning_rate', learning_rate, 0 <= learning_rate < float('inf'), '0 or more'),
+      ('warmup_steps', warmup_steps, warmup_steps >= 0, '0 or more'),
+      ('b1', b1, 0 <= b1 < 1, '0 or more, less than 1'),
+      ('b2', b2, 0 <= b2 < 1, '0 or more, less than 1'),
+      ('eps', eps, eps > 0, 'more than 0'),
+      ('weight_decay', weight_decay, weight_decay >= 0, '0 or more'),
+      ('moment_dtype', moment_dtype, moment_dtype in ('float32', 'bfloat16'), 'float32, bfloat16')):
+    if not holds:
+      raise ValueError(f'{field}={value!r} is impossible; allowed: {allowed}.')
   if name not in NAMES:
     raise ValueError(f'optimizer {name!r} is unknown; allowed: {", ".join(NAMES)}.')
   if schedule not in SCHEDULES:

@@ -42,7 +42,8 @@ class Row:
     reward: of the whole response, or one number per response token.
     prompt: group id; rows that answer the same prompt carry the same.
     mask: one truth value per response token, False for text the model did not write (the
-      environment's turns); () trains every token.
+      environment's turns); () trains every token. A row needs a token that is trained, and only
+      such tokens have rewards of their own.
   """
   prompt_ids: Sequence[int]
   response_ids: Sequence[int]
@@ -339,4 +340,11 @@ def _checked_length(i: int, row: Row) -> int:
   if np.ndim(row.reward) and len(row.reward) != n:
     raise ValueError(f'row {i} ({row.role} {row.kind}): {len(row.reward)} rewards for {n} response '
                      'tokens; give one number for the whole response, or one each.')
+  trained_T = mask(row) > 0
+  if not trained_T.any():
+    raise ValueError(f'row {i} ({row.role} {row.kind}): its mask trains no token; leave it out.')
+  if np.ndim(row.reward) and np.any(np.asarray(row.reward)[~trained_T]):
+    raise ValueError(f'row {i} ({row.role} {row.kind}) has a reward on a token that its mask '
+                     'leaves out, where it would count for nothing; put it on the last trained '
+                     'token before.')
   return len(row.prompt_ids) + n

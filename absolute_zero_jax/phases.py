@@ -45,7 +45,7 @@ class Rules:
   max_alike: int = 0
   kind_batch: Mapping[str, int] = dataclasses.field(default_factory=dict)
   overlap: int = 0
-  # A verdict later than this is a broken executor, not a slow program.
+  # No verdict at all for so long is a broken executor, not a slow program.
   deadline_s: float = 600.0
 
   def batch_of(self, kind: str) -> int:
@@ -133,7 +133,8 @@ class Proposals:
     if isinstance(parsed, str):
       attempt.status = parsed
       return attempt
-    attempt.verdicts = tuple(_result(f, rules) for f in jobs)
+    pending = [f for landed in self._landed.values() for f in landed[-1]]
+    attempt.verdicts = tuple(_result(f, rules, pending) for f in jobs)
     task = kind.to_task(parsed, attempt.verdicts, self._step)
     attempt.status = task if isinstance(task, str) else self._refused(kind, task)
     attempt.task = task if attempt.status == 'ok' else None
@@ -195,6 +196,7 @@ class Answers:
   def judge(self) -> list[list[Attempt]]:
     """Waits for all verdicts; one list of attempts per task, in the order they were asked."""
     out: list[list[Attempt]] = [[] for _ in self._tasks]
+    pending = [f for jobs in self._repeated.values() for f in jobs]
     for place, (i, n) in enumerate(sorted(self._landed)):
       task = self._tasks[i]
       sample, text, well_formed, parsed, jobs = self._landed[i, n]
@@ -203,7 +205,7 @@ class Answers:
                         group=f'{self._name}/solve/{task.kind}/{task.key}', place=place,
                         task=task, parsed=parsed, well_formed=well_formed)
       if parsed is not None:
-        attempt.verdicts = tuple(_result(f, self._rules) for f in jobs)
+        attempt.verdicts = tuple(_result(f, self._rules, pending) for f in jobs)
         attempt.answer = parsed
         attempt.accuracy = float(attempt.kind.accuracy(task, parsed, attempt.verdicts))
         if well_formed:
@@ -266,12 +268,17 @@ def _turn(prompt_ids: tuple[int, ...], sample: Any, text: str) -> Turn:
               model_logprobs=tuple(sample.model_logprobs), text=text, finish=sample.finish)
 
 
-def _result(future: futures.Future, rules: Rules) -> Verdict:
-  try:
-    return future.result(timeout=rules.deadline_s)
-  except futures.TimeoutError:
-    raise RuntimeError(f'the executor gave no verdict within {rules.deadline_s:.0f} s; its own '
-                       'limits should have ended the program. Check its log and restart.') from None
+def _result(future: futures.Future, rules: Rules, pending: Sequence[futures.Future]) -> Verdict:
+  """The verdict; RuntimeError once the executor has given none of those pending for too long."""
+  while True:
+    done = 0 if future.done() else sum(other.done() for other in pending)
+    try:
+      return future.result(timeout=rules.deadline_s)
+    except futures.TimeoutError:
+      if sum(other.done() for other in pending) == done:
+        raise RuntimeError(
+            f'the executor gave no verdict within {rules.deadline_s:.0f} s; its own limits should '
+            'have ended the program. Check its log and restart.') from None
 
 
 def _why_wrong(verdicts: Sequence[Verdict]) -> str:

@@ -71,6 +71,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
                      free=train_lib.FREE_FIELDS if latest else None)
     state = start(c, tx)
     if latest is not None:
+      checkpoints.restore_host(latest)                       # of this format?
       state = checkpoints.restore_state(latest, checkpoint.abstract_like(state))
       console.stamp(f'continues after step {latest} of {c.train.steps}')
     console.stamp(f'model: {sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f}M '
@@ -86,6 +87,9 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
       checkpoints.save(step, state, {'step': step})
       if c.checkpoint.export:
         hf.save(model, state.params, workdir / 'export', tokenizer=tokenizer)
+    if latest is None:                   # of another run, whose checkpoints are gone
+      for path in workdir.glob('guesses_*.jsonl'):
+        path.unlink()
     done = latest or 0
     for begin, end in stages(c):
       if done >= end:
@@ -229,15 +233,17 @@ def _means(sums: list[dict[str, np.ndarray]]) -> dict[str, float]:
 def _written_ahead(make: Callable[[int], documents.Rows], first: int,
                    last: int) -> Iterator[Iterator[tuple[int, documents.Rows]]]:
   """(step, batch) from `first` to `last`, made in a thread while earlier ones are computed."""
-  with futures.ThreadPoolExecutor(1) as pool:
-    def batches():
-      waiting = [pool.submit(make, step) for step in range(first, min(first + _AHEAD, last + 1))]
-      for step in range(first, last + 1):
-        batch = waiting.pop(0).result()
-        if step + _AHEAD <= last:
-          waiting.append(pool.submit(make, step + _AHEAD))
-        yield step, batch
-    try:
-      yield batches()
-    finally:
-      pool.shutdown(wait=False, cancel_futures=True)
+  # Not as a context manager, which at an interrupt would wait for a batch that may never come.
+  pool = futures.ThreadPoolExecutor(1)
+
+  def batches():
+    waiting = [pool.submit(make, step) for step in range(first, min(first + _AHEAD, last + 1))]
+    for step in range(first, last + 1):
+      batch = waiting.pop(0).result()
+      if step + _AHEAD <= last:
+        waiting.append(pool.submit(make, step + _AHEAD))
+      yield step, batch
+  try:
+    yield batches()
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)

@@ -2,8 +2,8 @@
 """Episode records: one gzipped jsonl file per iteration under `workdir/episodes`.
 
 The one format for replays and analyses; `read` and `pandas.read_json(path, lines=True)` open it.
-Log-probs are rounded to 6 digits; everything else is exact. Answers that only measure a task are
-among them, with `train` false.
+Log-probs and advantages are rounded to 6 digits; everything else is exact. Answers that only
+measure a task are among them, with `train` false.
 """
 
 from collections.abc import Iterable

@@ -157,7 +157,8 @@ class Run:
     self.tools = selfplay.Tools(kinds=self.kinds, prompts=self.prompts, tokenizer=self.tokenizer,
                                 sample=self._sample, submit=self.executor.submit,
                                 rewards=self.rewards, excludes=excludes,
-                                shape=lambda task: identity.shape(task.program))
+                                shape=lambda task: (identity.shape(task.program) if task.program
+                                                    else task.key))
 
   def params(self, role: Role | str) -> Any:
     """The weights that play `role`: the trained policy, or the frozen base."""

@@ -64,7 +64,8 @@ class Sampler:
   Args:
     pad_id: never drawn, unless it ends a response too.
     stop_ids: each ends a response, whose last id it is.
-    slots: rows in the running batch; memory is that of `slots` caches of the longest live row.
+    slots: rows in the running batch, rounded up to a power of two; memory is that of so many caches
+      of the longest live row.
     min_slots: fewest rows of the running batch, however few are left: each width is a program.
     chunk: decode steps between two looks of the host.
     cache_block: smallest cache size; further sizes are 1.5, 2, 3, 4, ... times it.
@@ -95,11 +96,15 @@ class Sampler:
       for i in ids:
         if not 0 <= i < config.vocab:
           raise ValueError(f'{name}={i} is outside the vocabulary of {config.vocab}.')
+    if not 0 <= vocab <= config.vocab:
+      raise ValueError(f'vocab={vocab} must be 0 (all) to {config.vocab}, what the model has.')
     self.config, self.mesh, self.dtype = config, mesh, jnp.dtype(dtype)
     self.max_prompt_tokens, self.max_new_tokens = max_prompt_tokens, max_new_tokens
     self._widths = min(min_slots, slots), schedule.width(slots, sharding.row_shards(mesh))
     self._allowed_V = np.arange(config.vocab) < (vocab or config.vocab)
     self._allowed_V[pad_id] = pad_id in stop_ids
+    if not self._allowed_V.any():
+      raise ValueError(f'vocab={vocab} with pad_id={pad_id} leaves no token to draw.')
     self._stops_E = np.array(sorted(stop_ids) or [-1], np.int32)
     prompt_sizes = schedule.ladder(prompt_block, max_prompt_tokens)
     # A ring must hold a padded prefix and a padded prompt behind it.
@@ -213,6 +218,10 @@ class Sampler:
       if min(prompt) < 0 or max(prompt) >= self.config.vocab:
         raise ValueError(f'request {i} has token ids from {min(prompt)} to {max(prompt)}; the '
                          f'vocabulary is 0 to {self.config.vocab - 1}.')
+      for name in ('samples', 'max_new_tokens', 'stream'):
+        value = getattr(request, name)
+        if not isinstance(value, int | np.integer) or not -2**31 <= value < 2**31:
+          raise ValueError(f'request {i}: {name}={value!r} must be an integer of 32 bits.')
       most = request.max_new_tokens or self.max_new_tokens
       if not 1 <= most <= self.max_new_tokens:
         raise ValueError(f'request {i} asks for max_new_tokens={most}; allowed are 1 to the '

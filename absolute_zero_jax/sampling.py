@@ -49,12 +49,14 @@ def options(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
   """
   is_finite = 0 <= temperature < float('inf')
   allowed = {'temperature': (temperature, is_finite, 'at least 0 (0: greedy)'),
-             'top_k': (top_k, top_k >= 0 and top_k == int(top_k), 'an integer >= 0 (0: off)'),
+             'top_k': (top_k, 0 <= top_k < float('inf') and top_k == int(top_k),
+                       'an integer >= 0 (0: off)'),
              'top_p': (top_p, 0 < top_p <= 1, 'above 0 and at most 1 (1: off)'),
              'min_p': (min_p, 0 <= min_p <= 1, 'between 0 (off) and 1')}
   for name, (value, is_allowed, bound) in allowed.items():
     if not is_allowed:
       raise ValueError(f'{name}={value} must be {bound}.')
+  top_p = max(top_p, 1e-30)              # a subnormal number would keep nothing at all
   return Options(jnp.float32(temperature), jnp.int32(min(top_k, 2**31 - 1)), jnp.float32(top_p),
                  jnp.float32(min_p))
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from absolute_zero_jax import buffer as buffer_lib
 from absolute_zero_jax import grammar, selfplay
+from absolute_zero_jax import tasks as tasks_lib
 from absolute_zero_jax.tasks import identity, program, seed_files
 from absolute_zero_jax.types import Job, Task
 
@@ -49,10 +50,15 @@ def load(path: epath.PathLike, kinds: Sequence[Any], submit: Callable[[Job], fut
 def of_grammar(seed: int, count: int, kinds: Sequence[Any],
                submit: Callable[[Job], futures.Future], *, cases: int = 6,
                ) -> tuple[list[Task], int]:
-  """`load` for `count` generated programs per kind, none of them on the test side of `grammar`."""
+  """`load` for `count` generated programs per kind, none of them on the test side of `grammar`.
+
+  Kinds of a user's own get none: their tasks need not be programs.
+  """
   rng = random.Random(f'seed tasks {seed}')
   todo = []
   for kind in kinds:
+    if type(kind) is not tasks_lib.KINDS.get(kind.name):
+      continue
     many = kind.name == 'induction'
     for made in (grammar.example(rng, cases=cases) for _ in range(count)):
       todo.append((kind, program.Proposal(made.program, made.inputs[:cases if many else 1],

@@ -138,7 +138,7 @@ def _word_finder(words: Sequence[str]):
   """A test of a text for any of the words."""
   if not words:
     return lambda text: False
-  found = re.compile('|'.join(rf'\b{re.escape(word)}\b' for word in words), re.I)
+  found = re.compile('|'.join(rf'(?<!\w){re.escape(word)}(?!\w)' for word in words), re.I)
   return lambda text: found.search(text) is not None
 
 
@@ -168,9 +168,11 @@ def step_line(step: int, steps: int, scalars: Mapping[str, float], kinds: Sequen
   def rates(name: str) -> str:
     return ' '.join(f'{k[:3]} {_percent(scalars.get(name.format(k), float("nan")))}' for k in kinds)
   update = 'no update: nothing to learn from'
+  # What is not finite is not among them, see `metrics.Mean`.
+  loss, grad, entropy = (scalars.get(f'train/{name}', float('nan'))
+                         for name in ('loss', 'grad_norm', 'entropy'))
   if 'train/loss' in scalars:
-    update = (f'loss {scalars["train/loss"]:+.4f}, grad {scalars["train/grad_norm"]:.2f}, '
-              f'entropy {scalars["train/entropy"]:.2f}')
+    update = f'loss {loss:+.4f}, grad {grad:.2f}, entropy {entropy:.2f}'
   if scalars.get('train/skipped_updates'):
     update = 'update skipped: its gradient is not finite'
   return (f'iteration {step}/{steps}: valid {rates("propose_{}/valid_rate")} | '

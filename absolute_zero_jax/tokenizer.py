@@ -26,7 +26,7 @@ import tokenizers
 from absolute_zero_jax import tokenizer_files, tokenizer_gguf, tokenizer_spec
 
 # Ends of a turn that many models leave out of their eos; they count where they are special tokens.
-_TURN_ENDS = ('<|im_end|>', '<|eot_id|>', '<|endoftext|>')
+_TURN_ENDS = ('<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<|endoftext|>', '<|end_of_text|>')
 PLAIN_TAGS = ('<think>', '</think>', '<answer>', '</answer>')
 
 
@@ -84,7 +84,7 @@ class Tokenizer:
   Attributes:
     vocab_size: highest id plus one; the model's own vocabulary may be padded beyond it.
     bos_id, eos_id: None where the model has none.
-    pad_id: the model's own, else eos, else 0.
+    pad_id: the model's own, else eos, else a stop or another special token, else 0.
     stop_ids: eos, the eos list of generation_config.json, and turn ends such as <|im_end|>.
     special_ids: ids that plain text never becomes (but unknown characters, where a model has an
       unknown token in place of bytes) and `decode(skip_special=True)` leaves out.
@@ -111,11 +111,13 @@ class Tokenizer:
     self.special_ids = frozenset(i for i, token in self._added.items() if token.get('special'))
     self.bos_id, self.eos_id, pad_id = (
         self._vocab.get(self._names.get(name)) for name in ('bos_token', 'eos_token', 'pad_token'))
-    self.pad_id = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
     ends = (self._vocab.get(text) for text in _TURN_ENDS)
     self.stop_ids = frozenset(
         {i for i in ends if i in self.special_ids}
         | {i for i in (*source.stops, self.eos_id) if i is not None and i < self.vocab_size})
+    # A sampler never draws it unless it is a stop, so it should be no ordinary token.
+    named = [i for i in (pad_id, self.eos_id) if i is not None]
+    self.pad_id = [*named, *sorted(self.stop_ids), *sorted(self.special_ids), 0][0]
     self.chat_template = source.chat_template if chat_template is None else chat_template
     self.adds_bos = self.bos_id is not None and (
         self._backend.encode('').ids[:1] == [self.bos_id]
@@ -305,11 +307,22 @@ class Tokenizer:
     def raise_exception(message):
       raise jinja2.TemplateError(message)
 
+    class Generation(jinja2.ext.Extension):
+      """`{% generation %}`: marks what an assistant says, for trainers; its text is its body."""
+      tags = {'generation'}
+
+      def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+      return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                        sort_keys=sort_keys)
+
     # The same environment as transformers', so that a template means the same here.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-    environment.filters['tojson'] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent)
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation])
+    environment.filters['tojson'] = to_json
     environment.globals['raise_exception'] = raise_exception
     environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(self.chat_template)

@@ -39,14 +39,17 @@ def read(path: pathlib.Path) -> tokenizer_spec.Source:
   order = ['tokenizer_config.json', 'special_tokens_map.json']
   if 'added_tokens_decoder' in config:     # as transformers: in an older save the map overrules
     order.reverse()
+  more = set()
   for file in order:
-    for name, token in _read_json(folder, file).items():
-      text = token.get('content') if isinstance(token, dict) else token
-      if name in tokenizer_spec.NAMES and isinstance(text, str):
-        names[name] = text
+    content = _read_json(folder, file)
+    for name, token in content.items():
+      if name in tokenizer_spec.NAMES and isinstance(_text(token), str):
+        names[name] = _text(token)
+    # Of transformers 4; what 5 writes, `extra_special_tokens`, holds plain added tokens too.
+    more.update(map(_text, content.get('additional_special_tokens') or ()))
   if first := _leading(spec):
     names.setdefault('bos_token', first)
-  _add_tokens(spec, _declared_tokens(folder, config, spec), names)
+  _add_tokens(spec, _declared_tokens(folder, config, spec), {*names.values(), *more} - {None})
   # Of a tokenizer.json, what it says itself counts, as in transformers 5.
   if path.suffix != '.json' and isinstance(config.get('add_bos_token'), bool):
     adds_bos = config['add_bos_token']
@@ -65,6 +68,10 @@ def _read_json(folder: pathlib.Path | None, name: str) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise ValueError(f'{folder / name} holds no JSON object. Fetch the file again.')
   return value
+
+
+def _text(token: Any) -> str | None:
+  return token.get('content') if isinstance(token, dict) else token
 
 
 def _leading(spec: dict[str, Any]) -> str:
@@ -90,12 +97,12 @@ def _declared_tokens(folder: pathlib.Path | None, config: dict[str, Any],
 
 
 def _add_tokens(spec: dict[str, Any], declared: list[dict[str, Any]],
-                names: dict[str, str]) -> None:
-  """Joins declared and named tokens with the spec's own, in id order."""
+                specials: set[str]) -> None:
+  """Joins declared and special tokens with the spec's own, in id order."""
   vocab = spec['model'].get('vocab') or {}
   tokens = {token['content']: token for token in spec.get('added_tokens') or []}
   tokens |= {token['content']: token for token in declared}
-  for text in names.values():
+  for text in specials:
     if text in tokens:
       tokens[text] = tokens[text] | {'special': True}
     elif text in vocab:

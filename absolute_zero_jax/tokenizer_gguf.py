@@ -6,6 +6,7 @@ Only the header is read: SmolLM2's 49,152 tokens take a tenth of a second.
 
 import mmap
 import pathlib
+import re
 import struct
 from typing import Any
 
@@ -43,6 +44,7 @@ _PRE_TOKENIZERS = {
 }
 _WHOLE_WORDS = ('llama-bpe', 'llama3', 'llama-v3')  # a word of the vocabulary is not merged
 _NFC = ('qwen2',)
+_FILLER = re.compile(r'\[PAD\d+\]')
 
 
 def read(path: pathlib.Path) -> tokenizer_spec.Source:
@@ -77,9 +79,11 @@ def read(path: pathlib.Path) -> tokenizer_spec.Source:
   ids = {name: meta.get(f'tokenizer.ggml.{key}_token_id', -1) for name, key in keys.items()}
   stops = (meta.get(f'tokenizer.ggml.{key}_token_id') for key in ('eot', 'eom'))
   names = {name: tokens[index] for name, index in ids.items() if 0 <= index < len(tokens)}
+  added = {token['content']: token for token in spec['added_tokens']}
   for name, text in names.items():
-    if not any(token['content'] == text for token in spec['added_tokens']):
-      spec['added_tokens'].append(tokenizer_spec.added_token(ids[name], text, special=True))
+    added[text] = added.get(text, tokenizer_spec.added_token(ids[name], text, special=True)
+                            ) | {'special': True}
+  spec['added_tokens'] = list(added.values())
   spec['added_tokens'].sort(key=lambda token: token['id'])
   return tokenizer_spec.Source(
       str(path), spec, names, meta.get('tokenizer.ggml.add_bos_token', adds_bos),
@@ -110,6 +114,11 @@ def metadata(path: pathlib.Path, prefix: str = '') -> dict[str, Any]:
 def _byte_level(meta: dict[str, Any], pre: str) -> dict[str, Any]:
   tokens = meta['tokenizer.ggml.tokens']
   kinds = meta.get('tokenizer.ggml.token_type', [tokenizer_spm.NORMAL] * len(tokens))
+  # Converters fill a padded vocabulary with these.
+  count = len(tokens)
+  while count and kinds[count - 1] == tokenizer_spm.UNUSED and _FILLER.fullmatch(tokens[count - 1]):
+    count -= 1
+  tokens, kinds = tokens[:count], kinds[:count]
   return {
       'version': '1.0', 'truncation': None, 'padding': None,
       'added_tokens': [

@@ -51,6 +51,8 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     # Without a checkpoint there is no run to protect, only a first try that failed.
     checkpoint.claim(workdir, config_lib.to_json(c), free=FREE_FIELDS if latest else None,
                      differences=config_lib.differences)
+    if latest is None:
+      _clear(workdir)
     current = stack.enter_context(Run(c, progress=console.stamp, console=console,
                                       fresh=latest is None))
     if c.command == 'seed':
@@ -84,6 +86,13 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
       _export(current, workdir / 'export')
     _print_summary(current, workdir, history, console)
     return current
+
+
+def _clear(workdir: epath.Path) -> None:
+  """Takes out what a run without checkpoints left, so that reports and seeds are of one run."""
+  for pattern in ('heldout/*.jsonl', 'episodes/*.gz', 'seeds/*.jsonl'):
+    for path in workdir.glob(pattern):
+      path.unlink(missing_ok=True)
 
 
 def _seed(current: Run, folder: epath.Path, console) -> None:

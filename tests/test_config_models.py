@@ -191,3 +191,21 @@ def test_a_refused_config_is_named_by_its_folder(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(QWEN3_4B | {'hidden_act': 'relu'}))
   with pytest.raises(ValueError, match=f'{tmp_path}: model config: hidden_act='):
     ModelConfig.from_hf(tmp_path)
+
+
+def test_a_window_that_the_config_does_not_name_is_refused_too():
+  hf = {'model_type': 'qwen2', 'vocab_size': 64, 'hidden_size': 32, 'num_hidden_layers': 30,
+        'num_attention_heads': 4, 'num_key_value_heads': 4, 'intermediate_size': 16}
+  assert ModelConfig.from_hf(hf | {'use_sliding_window': False}).family == 'qwen2'
+  with pytest.raises(ValueError, match='sliding_window=4096'):
+    ModelConfig.from_hf(hf | {'use_sliding_window': True})
+  for field, value in (('layer_types', 5), ('layer_types', [1]), ('tie_word_embeddings', 'false')):
+    with pytest.raises(ValueError, match=field):
+      ModelConfig.from_hf(hf | {field: value})
+
+
+def test_sizes_that_transformers_refuses_are_refused():
+  sizes = dict(vocab=8, embed=64, layers=1, heads=6, kv_heads=2, head_dim=16, ffn=8)
+  assert ModelConfig('qwen3', **sizes, qk_norm=True).heads == 6
+  with pytest.raises(ValueError, match='heads=6.*embed=64'):
+    ModelConfig('llama', **sizes)

@@ -12,6 +12,7 @@ import pytest
 
 from absolute_zero_jax import (
   buffer,
+  checkpoint,
   evaluate,
   executor,
   grammar,
@@ -260,6 +261,9 @@ def test_the_command_scores_a_model_directory(tmp_path, monkeypatch):
   (tmp_path / 'twin').symlink_to(tmp_path / 'model')
   c.heldout.base = str(tmp_path / 'twin')
   text = io.StringIO()
+  with checkpoint.owned(tmp_path / 'out'), pytest.raises(
+      checkpoint.CheckpointError, match='another run is going on'):
+    evaluate.run(c, tmp_path / 'out', stream=io.StringIO())
   results = evaluate.run(c, tmp_path / 'out', stream=text)
   assert json.loads((tmp_path / 'out' / 'results.json').read_text()) == results
   assert results['scores']['same/mean']['greedy'][0] == 0
@@ -276,6 +280,11 @@ def test_the_command_scores_a_model_directory(tmp_path, monkeypatch):
   assert all(v == [0, 0, 0] for row in results['gains'].values() for v in row.values())
   assert results['model'].endswith('model') and results['base'].endswith('twin')
   assert results['base_scores'] == results['scores'] and '+0.0 to +0.0' in text.getvalue()
+  # Another evaluation there leaves nothing of this one.
+  c.heldout.base, c.heldout.parts = '', (str(written),)
+  again = evaluate.run(c, tmp_path / 'out', stream=io.StringIO())
+  assert 'base' not in again and again['test']['parts'] == [str(written)]
+  assert not (tmp_path / 'out' / 'base_items.jsonl').exists()
 
 
 def test_kinds_may_be_a_list_and_no_items_are_refused():

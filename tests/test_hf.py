@@ -166,6 +166,10 @@ def test_generation_config_and_tokenizer_files(tmp_path):
   assert (tmp_path / 'out' / 'tokenizer.json').exists()
   assert loading.generation_config(tmp_path / 'out') == {'eos_token_id': [2, 7], 'pad_token_id': 3}
   assert json.loads((tmp_path / 'out' / 'config.json').read_text())['eos_token_id'] == [2, 7]
+  Letters.pad_id = 7             # a stop: were it padding, torch would not train its embedding
+  hf.save(config, params, tmp_path / 'out', tokenizer=Letters())
+  assert loading.generation_config(tmp_path / 'out')['pad_token_id'] == 7
+  assert 'pad_token_id' not in json.loads((tmp_path / 'out' / 'config.json').read_text())
   hf.save(config, params, tmp_path / 'out', generation={'eos_token_id': 5, 'temperature': 0.6})
   assert loading.generation_config(tmp_path / 'out') == {'eos_token_id': [5], 'temperature': 0.6}
   assert not (tmp_path / 'out' / 'tokenizer.json').exists()     # replaced, not merged

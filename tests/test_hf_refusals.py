@@ -86,6 +86,15 @@ def test_an_index_that_points_at_the_wrong_file(many):
     hf.load(many)
 
 
+def test_an_index_may_name_a_tensor_that_is_nowhere_and_not_needed(many):
+  index = many / 'model.safetensors.index.json'
+  value = json.loads(index.read_text())
+  value['weight_map']['model.layers.0.self_attn.rotary_emb.inv_freq'] = min(
+      value['weight_map'].values())
+  index.write_text(json.dumps(value))
+  hf.load(many)
+
+
 @pytest.mark.parametrize('text', ['', '{', '[]', '{}', '{"weight_map": 3}'])
 def test_a_damaged_index(many, text):
   (many / 'model.safetensors.index.json').write_text(text)

@@ -247,3 +247,29 @@ def test_a_module_is_no_value(source):
 
 def test_a_variable_may_have_the_name_of_a_module():
   policy.gate('import string\ndef f(string):\n  return string')
+
+
+@pytest.mark.parametrize('source, keeps', [
+    ('def f(x): return x', False),
+    ('import math\nfrom collections import Counter\nfrom typing import List\n'
+     'def f(x: List[int]): return math.sqrt(Counter(x)[1])', False),
+    ('import re\nimport itertools as it\ndef f(x): return re.sub("a", "b", next(it.chain(x)))',
+     False),
+    ('from __future__ import annotations\nfrom functools import reduce\ndef f(x): return x', False),
+    ('import math\ndef f(x):\n  math.n = x', True),
+    ('import math\ndef f(x):\n  del math.pi', True),
+    ('from collections import Counter\ndef f(x):\n  Counter.n += x', True),
+    ('from collections import Counter\ndef f(x): setattr(Counter, "n", x)', True),
+    ('from collections import Counter\ndef f(x): type(Counter).__setattr__(Counter, "n", x)', True),
+    ('import keyword\ndef f(x): return keyword.kwlist.append(x)', True),
+    ('from keyword import kwlist\ndef f(x): return kwlist.append(x)', True),
+    ('import collections.abc\ndef f(x): return collections.abc.Sized.register(x)', True),
+    ('import collections\ndef f(x): return collections.abc.Sized.register(x)', True),
+    ('import functools\ndef f(x): return functools.wraps(x)', True),
+    ('from functools import *\ndef f(x): return wraps(x)', True),
+    ('import re\ndef f(x): return re.__all__.append(x)', True),
+    ('from decimal import getcontext\ndef f(x):\n  return getcontext()', True),
+    ('import operator\ndef f(x): return operator.methodcaller(x)', True),
+])
+def test_what_may_leave_something_in_a_module_is_known(source, keeps):
+  assert policy.may_keep_state(source) == keeps

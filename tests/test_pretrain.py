@@ -253,3 +253,23 @@ def test_weights_in_bfloat16_are_moved_by_small_steps():
   moved = np.asarray(state.params['layers']['up'], np.float32) != before
   # A step of 1e-5 is below half the distance of neighbours above 0.005: to nearest, none moves.
   assert moved[np.abs(before) > 0.005].mean() > 0.02
+
+
+def test_documents_longer_than_every_line_are_said(tmp_path):
+  with pytest.raises(ValueError, match='line_tokens=64 is less than each of 200 documents'):
+    pretrain.run(_config(pretrain__line_tokens=64, model__tokenizer='bytes',
+                         pretrain__batch=1), tmp_path, stream=io.StringIO())
+
+
+def test_guesses_of_a_run_whose_checkpoints_are_gone_are_not_another_s(tmp_path):
+  (tmp_path / 'guesses_2.jsonl').write_text('{}\n')
+  pretrain.run(_config(train__steps=3, checkpoint__export=False), tmp_path, stream=io.StringIO())
+  assert not (tmp_path / 'guesses_2.jsonl').exists()
+
+
+@pytest.mark.parametrize('field, value, words', [
+    ('selfplay__induction_cases', 2, 'pretrain.questions=3'),
+    ('pretrain__depths', (1.0,), '0 to 5')])
+def test_a_mixture_that_cannot_be_made_is_refused(field, value, words):
+  with pytest.raises(config_lib.ConfigError, match=words):
+    config_lib.validate(_config(**{field: value}))

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import pathlib
 
 from etils import epath
@@ -19,7 +20,7 @@ import pytest
 import scripted
 
 from absolute_zero_jax import buffer as buffer_lib
-from absolute_zero_jax import config, learner, parts, records, run, train
+from absolute_zero_jax import config, learner, metrics, parts, records, run, seeding, train
 from absolute_zero_jax.models import decoder
 from absolute_zero_jax.types import Role
 
@@ -201,6 +202,19 @@ def test_what_would_go_unseen_is_said(make):
   for skipped in (0.0, 1.0):
     line = run.summary.step_line(1, 1, row | {'train/skipped_updates': skipped}, [])
     assert ('not finite' in line) == bool(skipped)
+  mean = metrics.Mean()
+  for name, value in (row | {'train/grad_norm': math.inf, 'train/skipped_updates': 1.0}).items():
+    mean.add(name, value)
+  assert 'not finite' in run.summary.step_line(1, 1, mean.result(), [])
+  c = make(selfplay__mc_samples=1)
+  with run.Run(c, progress=said.append):
+    assert any('mc_samples=1' in line for line in said)
+
+
+def test_words_with_signs_are_found():
+  find = run.summary._word_finder(('C++', '<escape>', 'take over', '#hack'))
+  texts = ['I use C++ here', 'an <escape> tag', 'Take Over', 'a #hack', 'xC++', 'take overs']
+  assert [find(text) for text in texts] == [True] * 4 + [False] * 2
 
 
 def test_the_update_trains_the_distribution_that_was_drawn_from(make):
@@ -331,6 +345,11 @@ def test_every_kind_and_a_users_own_play_side_by_side(make, monkeypatch):
   assert errors == {'NoError', 'ZeroDivisionError'}
   assert iterations[1].metrics['solve_equations/accuracy'] < 1
   assert iterations[1].metrics['types/errors/types'] == 1
+  # Tasks without a program are alike (`selfplay.max_alike`) when they are equal.
+  equations = current.buffer.tasks('equations')
+  assert len({current.tools.shape(task) for task in equations}) == len(equations)
+  kinds = [kind for kind in current.kinds if kind.name == 'equations']
+  assert seeding.of_grammar(0, 2, kinds, current.executor.submit) == ([], 0)
 
 
 def test_composites_and_intrinsic_rewards_are_a_matter_of_config(make):

@@ -6,12 +6,13 @@ from concurrent import futures
 import contextlib
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from absolute_zero_jax import buffer as buffer_lib
-from absolute_zero_jax import rewards, selfplay, summary, tasks, tokenizer
+from absolute_zero_jax import phases, rewards, selfplay, summary, tasks, tokenizer
 from absolute_zero_jax.executor import Executor
 from absolute_zero_jax.sampler import Sample
 from absolute_zero_jax.tasks import identity
@@ -274,3 +275,21 @@ def test_a_prompt_budget_drops_references_then_names_the_field(executor):
   _play(Script([GOOD % 1], _answer(True)), executor, batch=1, max_prompt_tokens=needed - 1)
   with pytest.raises(ValueError, match='max_prompt_tokens=50 is too small'):
     _play(Script([GOOD % 1], _answer(True)), executor, batch=1, max_prompt_tokens=50)
+
+
+def test_a_verdict_may_wait_as_long_as_others_come():
+  rules = phases.Rules(**dict.fromkeys(
+      ('batch', 'mc_samples', 'references', 'solve_source', 'draw', 'reference_draw',
+       'recent_steps', 'keep', 'refuse_duplicates', 'show_references', 'train_propose', 'mc_use',
+       'max_prompt_tokens')), deadline_s=0.3)
+  pending = [futures.Future() for _ in range(5)]
+  def finish():
+    for future in pending:
+      time.sleep(0.2)
+      future.set_result('verdict')
+  with futures.ThreadPoolExecutor(1) as pool:
+    pool.submit(finish)
+    assert phases._result(pending[-1], rules, pending) == 'verdict'        # after a second
+    pending.append(futures.Future())
+    with pytest.raises(RuntimeError, match='no verdict within'):
+      phases._result(pending[-1], rules, pending)

@@ -122,3 +122,13 @@ def test_renaming_f_is_refused_where_it_could_change_meaning():
   assert found == 'def g_0(x):\n  return g_0(x - 1)'
   assert program.renamed('def f(x):\n  f = 1\n  return f', 'g_0') is None
   assert program.renamed('def f(x):\n  return g_0', 'g_0') is None
+
+
+def test_imports_from_the_future_come_first():
+  part = Task('composite', 'from __future__ import annotations\ndef g_0(x): return x + 1', ())
+  plain = Task('composite', 'def g_1(x): return x * 2', ())
+  joined = composite.join('from __future__ import annotations\ndef f(x): return g_0(g_1(x))',
+                          [plain, part])
+  scope = {}
+  exec(compile(joined, 'joined', 'exec', dont_inherit=True), scope)        # written here
+  assert scope['f'](3) == 7

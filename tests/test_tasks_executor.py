@@ -6,6 +6,7 @@ import pytest
 from absolute_zero_jax import tasks
 from absolute_zero_jax.executor import Executor
 from absolute_zero_jax.tasks import seed_files
+from absolute_zero_jax.types import Job
 
 
 @pytest.fixture(scope='module')
@@ -63,3 +64,24 @@ def test_what_is_no_task_says_why(program, given, status, executor):
   kind = tasks.get('deduction')
   verdicts = executor.run(kind.validation_jobs(tasks.Proposal(program, (given,))))
   assert kind.to_task(tasks.Proposal(program, (given,)), verdicts, 0) in status
+
+
+@pytest.mark.parametrize('program, want', [
+    # A module outlives the program that is loaded anew.
+    ('import math\ndef f(x):\n  try: math.n += 1\n  except AttributeError: math.n = 1\n'
+     '  return [10, 20, 30][math.n - 1]', ['10', '10', '10']),
+    ('import keyword\ndef f(x):\n  keyword.kwlist.append(x)\n  return keyword.kwlist[35:]',
+     ['[12]', '[7]', '[8]']),
+    ('from decimal import Decimal, getcontext\ndef f(x):\n  if x > 9:\n    getcontext().prec = 6\n'
+     '  return str(Decimal(1) / Decimal(x))[:9]', ["'0.0833333'", "'0.1428571'", "'0.125'"]),
+], ids=['attribute', 'list', 'context'])
+def test_what_one_input_leaves_in_a_module_does_not_reach_the_next(executor, program, want):
+  [verdict] = executor.run([Job('run', program, ('12', '7', '8'))])
+  assert [run.output for run in verdict.runs] == want
+
+
+def test_of_a_program_that_imports_and_dies_a_few_processes_are_enough(executor):
+  program = 'import math\ndef f(x):\n  while x < 5: pass\n  return x'
+  [verdict] = executor.run([Job('run', program, ('9', '1', '2', '3', '8'), timeout_s=0.1)])
+  assert [run.status.value for run in verdict.runs] == ['ok', *['timeout'] * 4]
+  assert [run.error for run in verdict.runs][-1] == 'not run' and verdict.wall_s < 2

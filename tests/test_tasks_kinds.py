@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -342,3 +343,53 @@ def test_a_program_may_not_call_its_error_no_error():
   source = 'class NoError(Exception): pass\ndef f(x):\n  raise NoError'
   kind = tasks.get('error')
   assert kind.to_task(tasks.Proposal(source, ('1',)), [_ok(('1', 'NoError'))], 1) == 'error_name'
+
+
+def test_an_induction_of_many_inputs_is_read_at_once():
+  kind, reference = tasks.get('induction'), _task()
+  for given in ('[1]*2600+[{i}], 1', '{i}, b={i}'):
+    source = SOURCE + '\n' + '# more\n' * 1000
+    blocks = ''.join(f'```input\n{given.format(i=i)}\n```\n' for i in range(150))
+    started = time.process_time()
+    found = kind.parse_proposal(blocks + '```message\nhint\n```',
+                                [dataclasses.replace(reference, program=source)])
+    assert len(found.inputs) == kind.cases and time.process_time() - started < 1.5
+
+
+@pytest.mark.parametrize('answer, want', [
+    ('output(12)', '12'), ('<output>12</output>', '12'), ('The output is 12', '12'),
+    ('So the output is: `[1, 2]`.', '[1, 2]'), ('the output is 1.', '1.'), ('Output:\n12', '12'),
+    ("'the output is 5'", "'the output is 5'"), ('f(3)', 'f(3)'), ('7', '7')])
+def test_an_answer_in_words_is_read(answer, want):
+  assert tasks.get('deduction').parse_answer(answer) == want
+  answer, want = (x.replace('output', 'input').replace('Output', 'Input') for x in (answer, want))
+  assert tasks.get('abduction').parse_answer(answer) == text.arguments(want)
+
+
+def test_a_sentence_that_names_an_error_is_read():
+  kind = tasks.get('error')
+  assert kind.parse_answer('NoError.') == 'NoError'
+  assert kind.parse_answer('```output\njson.ValueError.\n```') == 'ValueError'
+
+
+@pytest.mark.parametrize('word, body', [
+    ('except', 'try:\n    return a\n  except ValueError:\n    return b'),
+    ('else', 'if a:\n    return a\n  else:\n    return b'), ('def', 'return a'),
+    ('class', 'class C: pass\n  return a'), ('try', 'try: return a\n  except* ValueError: b = 1'),
+    ('match', 'match a:\n    case 1:\n      return a'), ('lambda', 'return (lambda x: x)(a)')])
+def test_a_banned_keyword_is_refused_whatever_its_place(word, body):
+  answer = f'```python\ndef f(a, b):\n  {body}\n```\n```input\n3, 4\n```'
+  assert tasks.get('error', banned_statements=(word,)).parse_proposal(
+      answer, []) == 'banned_statement'
+  plain = answer.replace(body, 'match = a\n  return match')
+  assert word == 'def' or tasks.get('error', banned_statements=(word,)).parse_proposal(
+      plain, []).inputs == ('3, 4',)
+  with pytest.raises(ValueError, match="'rise'"):
+    tasks.get('error', banned_statements=('rise',))
+
+
+def test_keywords_for_a_module_s_function_name_what_they_name():
+  one = ('import functools\ndef g(a, b=1, c=2): return a, b, c\n'
+         'def f(x): return functools.partial(g, b=5)(x)')
+  other = one.replace('b=1, c=2): return a, b, c', 'c=1, b=2): return a, c, b')
+  assert identity.key('k', one) != identity.key('k', other)

@@ -2,6 +2,7 @@
 """Whether an output depends on the input is found by running changed inputs beside the proposed."""
 
 import ast
+import time
 
 import pytest
 
@@ -85,6 +86,23 @@ def test_one_value_says_nothing():
   ok, bad = Run(Status.OK, '1', '5'), Run(Status.ERROR, '2')
   assert not probes.independent([ok, bad]) and probes.independent([ok, bad, ok])
   kind = tasks.get('deduction', probes=1)
-  verdict = Verdict(Status.ERROR, (ok, bad))
-  assert kind.to_task(tasks.Proposal('def f(a): return 5', ('1',)), [verdict], 1).cases == (
-      ('1', '5'),)
+  verdicts = Verdict(Status.OK, (ok,)), Verdict(Status.ERROR, (bad,))
+  task = kind.to_task(tasks.Proposal('def f(a): return 5', ('1',)), verdicts, 1)
+  assert task.cases == (('1', '5'),) and not task.independent
+
+
+@pytest.mark.parametrize('source', [
+    # Four calls of it take longer than the limit, one does not.
+    'def f(x):\n  s = 0\n  while s < {n}:\n    s += 1\n  return s + x',
+    'from decimal import Decimal, getcontext\ndef f(x):\n  if x > 7:\n    getcontext().prec = 6\n'
+    '  return str(Decimal(1) / Decimal(x))',
+], ids=['time', 'state'])
+def test_probes_do_not_make_a_proposal_invalid(service, source):
+  started, n = time.process_time(), 0
+  while n < 10**6:
+    n += 1
+  per_s = n / (time.process_time() - started)
+  source = source.replace('{n}', str(int(0.3 * 0.5 * per_s)))
+  task = _task(service, source, '7')
+  assert not isinstance(task, str), task
+  assert task.cases == _task(service, source, '7', count=0).cases

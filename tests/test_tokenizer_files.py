@@ -286,3 +286,43 @@ def test_loading_imports_nothing_heavy(qwen_dir):
   out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
                        cwd=root)
   assert out.stdout.strip() == '[]'
+
+
+# --- what a model says of its tokens elsewhere
+
+
+def test_more_special_tokens_of_an_older_save_are_special(qwen_dir, tmp_path):
+  transformers = pytest.importorskip('transformers')
+  spec = json.loads((qwen_dir / 'tokenizer.json').read_text())
+  end = spec['added_tokens'].pop()['id']
+  write_json(tmp_path / 'tokenizer.json', **spec)
+  write_json(tmp_path / 'added_tokens.json', **{'<after>': end})
+  write_json(tmp_path / 'tokenizer_config.json', tokenizer_class='PreTrainedTokenizerFast',
+             eos_token='<|im_end|>', additional_special_tokens=['<after>'])
+  ours = tokenizer.load(tmp_path, plain_tags=())
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  text = 'x = "<after>"'
+  assert ours.encode(text) == theirs.encode(text, split_special_tokens=True)
+  assert end in ours.special_ids and end in theirs.all_special_ids
+
+
+def test_without_a_pad_token_a_stop_stands_in(qwen_dir):
+  ours = tokenizer.load(qwen_dir / 'tokenizer.json')             # names no token at all
+  assert ours.pad_id in ours.stop_ids
+
+
+def test_fillers_of_a_gguf_are_no_text_and_its_named_tokens_are_special(tmp_path):
+  tokens = ['a', 'b', '<|im_end|>', '[PAD3]', '[PAD4]']
+  write_gguf(tmp_path / 'm.gguf', 'gpt2', tokens, [1, 1, 4, 5, 5], pre='qwen2', merges=[],
+             eos=2)
+  ours = tokenizer.load(tmp_path / 'm.gguf')
+  ours.check(8)
+  assert (ours.vocab_size, ours.decode([3, 4])) == (3, '') and 2 in ours.special_ids
+
+
+def test_chat_templates_may_mark_generations_and_sort_keys(qwen_dir):
+  template = ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
+              "{% endfor %}"
+              "{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=True, ensure_ascii=True) }}")
+  ours = tokenizer.load(qwen_dir, chat_template=template)
+  assert ours.chat([{'role': 'user', 'content': 'x'}]) == 'x{"a": "\\u00e9", "b": 1}'

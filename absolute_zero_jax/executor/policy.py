@@ -47,6 +47,20 @@ _SAFE_DUNDERS = frozenset('''__init__ __name__ __class__ __doc__ __len__ __str__
 _ATTRIBUTES = frozenset('''gi_frame gi_code cr_frame cr_code ag_frame ag_code tb_frame tb_next
   f_back f_globals f_locals f_builtins f_code co_code co_consts func_globals func_code
   mro'''.split())
+# What a program may take from modules and still leave nothing in them; None is all that is public.
+_STATELESS = dict.fromkeys('bisect cmath heapq itertools math'.split()) | {
+    name: frozenset(words.split()) for name, words in {
+        'collections': 'ChainMap Counter OrderedDict defaultdict deque namedtuple',
+        'copy': 'copy deepcopy', 'functools': 'cache cmp_to_key lru_cache partial reduce',
+        'operator': 'add and_ eq floordiv ge gt itemgetter le lt mod mul ne neg or_ pow sub '
+                    'truediv xor',
+        're': 'DOTALL I IGNORECASE M MULTILINE S compile escape findall finditer fullmatch match '
+              'search split sub subn',
+        'string': 'ascii_letters ascii_lowercase ascii_uppercase digits hexdigits printable '
+                  'punctuation whitespace',
+        'typing': 'Any Callable Counter DefaultDict Deque Dict FrozenSet Generator Iterable '
+                  'Iterator List Literal Mapping NamedTuple Optional Sequence Set Tuple Union'
+    }.items()}
 _FORBIDDEN_MODULES = (frozenset(sys.stdlib_module_names)
                       | {'numpy', 'torch', 'jax', 'bltns'}) - MODULES     # as `enum` calls builtins
 
@@ -95,6 +109,40 @@ def gate(source: str, *, modules: Iterable[str] = MODULES, enforce: bool = True,
     _Walk(frozenset(modules), source).check(tree)
   tidied = tidy(source)
   return Gated(tidied, normal_digest(tree) if digest else '')
+
+
+@functools.lru_cache(2048)
+def may_keep_state(source: str) -> bool:
+  """Whether modules that a gated program imports may keep what one input leaves.
+
+  True for whatever is not surely harmless: an attribute that is set, a module with objects of its
+  own that can change (`keyword.kwlist`, decimal's context).
+  """
+  if 'import' not in source:
+    return False
+  nodes, modules = list(ast.walk(ast.parse(source))), {}
+
+  def is_harmless(module, name):
+    if module not in _STATELESS or name.startswith('_') or name == '*':
+      return module == '__future__'
+    return _STATELESS[module] is None or name in _STATELESS[module]
+  for node in nodes:
+    if isinstance(node, ast.Import):
+      modules |= {alias.asname or alias.name: alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      if not all(is_harmless(node.module, alias.name) for alias in node.names):
+        return True
+  if not set(modules.values()) <= _STATELESS.keys():
+    return True
+  for node in nodes:
+    if isinstance(node, ast.Attribute):
+      module = modules.get(getattr(node.value, 'id', None))
+      if (not isinstance(node.ctx, ast.Load) or node.attr in ('__setattr__', '__delattr__')
+          or module and not is_harmless(module, node.attr)):
+        return True
+    elif isinstance(node, ast.Name) and node.id in ('setattr', 'delattr', 'getattr'):
+      return True
+  return False
 
 
 def parse(source: str) -> ast.Module:

@@ -254,10 +254,15 @@ def equal(a: Any, b: Any, mode: str = 'strict') -> bool:
   Source: the reference compares with `==` inside the program's own process, where nan never equals
   itself and an object's `__eq__` decides; plain values have no code of their own.
   """
+  return key(a, mode) == key(b, mode)
+
+
+def key(v: Any, mode: str) -> str:
+  """Text that is the same for two plain values exactly when they are `equal`."""
   if mode == 'strict':
-    return _strict(a) == _strict(b)
+    return _strict(v)
   if mode == 'loose':
-    return _strict(_loosen(a)) == _strict(_loosen(b))
+    return _strict(_loosen(v))
   raise ValueError(f"equality={mode!r} must be 'strict' or 'loose'.")
 
 

@@ -10,7 +10,8 @@ has processes drives it:
 
 'validate' runs each input twice in one process of group 'a', then once in a process of group 'b',
 which has another hash seed and another address layout, in reverse order, so that what one input
-leaves behind for the next shows. 'run' runs each input once, anywhere. An input that kills its
+leaves behind for the next shows. 'run' runs each input once, anywhere; where modules of
+the program may keep what one input leaves, each in a process of its own. An input that kills its
 process costs that input only: the rest run in a fresh one. One that met a limit after others had
 used some of it runs once more, in front of the rest.
 """
@@ -186,12 +187,17 @@ class Trial:
     repeat = 2 if group == 'a' else 1
     for start in range(0, len(places), MAX_CALLS // repeat):
       part = places[start:start + MAX_CALLS // repeat]
-      unit = reports.Unit(self._program, tuple(self._inputs[i] for i in part), repeat,
+      given = part[:1] if self._is_alone(group) else part
+      unit = reports.Unit(self._program, tuple(self._inputs[i] for i in given), repeat,
                   self._job.expect_error and group != 'nested', group, self._limit_s())
       self._units.append(unit)
       # Equal units of one job give equal reports; each place is answered by its own.
       self._places.setdefault(unit, []).append(part)
     self._finish_if_done()
+
+  def _is_alone(self, group: str) -> bool:
+    """Whether each input gets a process; one after another, so that a job keeps to few."""
+    return group == '' and policy.may_keep_state(self._program)
 
   def feed(self, unit: reports.Unit, report: reports.Report) -> None:
     """Takes the report of a unit that `take` returned."""
@@ -220,7 +226,9 @@ class Trial:
     for i, frame in zip(part, frames):
       self._settle(i, unit, frame.outcomes)
     rest = part[len(frames):]
-    if rest:
+    if rest and frames and self._is_alone(unit.group):
+      self._schedule(unit.group, rest)
+    elif rest:
       self._go_on(unit, rest, report, len(frames))
     self._finish_if_done()
 
@@ -279,7 +287,7 @@ class Trial:
       return
     good = [i for i, o in enumerate(self._outcomes) if o.status is Status.OK]
     if self._job.op == 'validate' and good and not self._second_look:
-      self._second_look = True
+      self._second_look, self._deaths, self._again = True, 0, 0
       self._schedule('b', good[::-1])
       return
     if self._job.op == 'validate':

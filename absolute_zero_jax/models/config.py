@@ -16,6 +16,7 @@ from typing import Any
 
 ARCHITECTURES = {'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
                  'qwen3': 'Qwen3ForCausalLM'}
+_WINDOW = 4096                                    # where use_sliding_window names none
 ROPE_KINDS = ('default', 'linear', 'llama3')     # 'default' is no scaling: RopeScaling is None
 
 
@@ -85,6 +86,9 @@ class ModelConfig:
         raise _refusal(name, value, 'a positive integer')
     if self.heads % self.kv_heads:
       raise _refusal('kv_heads', self.kv_heads, f'a divisor of heads={self.heads}')
+    if self.family == 'llama' and self.embed % self.heads:
+      raise _refusal('heads', self.heads, f'a divisor of embed={self.embed}, which transformers '
+                     'demands of this family (not of qwen2 and qwen3)')
     if self.head_dim % 2:
       raise _refusal('head_dim', self.head_dim, 'an even integer (RoPE rotates pairs)')
     if not self.rope_theta > 0:
@@ -156,8 +160,14 @@ def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
       head_dim=_integer(hf, 'head_dim', absent), ffn=_integer(hf, 'intermediate_size'),
       rope_theta=theta, rope_scaling=scaling, norm_eps=_number(hf, 'rms_norm_eps', 1e-6),
       qkv_bias=family == 'qwen2', qk_norm=family == 'qwen3',
-      tied=bool(hf.get('tie_word_embeddings', False)),
+      tied=_flag(hf, 'tie_word_embeddings'),
       max_positions=_integer(hf, 'max_position_embeddings', 2048 if family == 'llama' else 32768))
+
+
+def _flag(hf: Mapping[str, Any], name: str) -> bool:
+  if not isinstance(hf.get(name) or False, bool):
+    raise _refusal(name, hf[name], (True, False))
+  return bool(hf.get(name))
 
 
 def _family(hf: Mapping[str, Any]) -> str:
@@ -190,15 +200,19 @@ def _refuse_unsupported(hf: Mapping[str, Any], family: str) -> None:
     if hf.get(field):
       raise _refusal(field, hf[field], 'none (no mixture of experts)')
   kinds = hf.get('layer_types') or []
+  if not isinstance(kinds, list | tuple) or not all(isinstance(kind, str) for kind in kinds):
+    raise _refusal('layer_types', kinds, 'a list of names')
   if any(kind != 'full_attention' for kind in kinds):
     raise _refusal('layer_types', sorted(set(kinds)), ['full_attention'])
   if not kinds and _slides(hf, family):
-    raise _refusal('sliding_window', hf['sliding_window'], 'null, or use_sliding_window=false')
+    raise _refusal('sliding_window', hf.get('sliding_window', _WINDOW),
+                   'null, or use_sliding_window=false')
 
 
 def _slides(hf: Mapping[str, Any], family: str) -> bool:
   """Whether any layer attends through a window. Source: transformers configuration_qwen2.py."""
-  if family == 'llama' or not hf.get('use_sliding_window') or hf.get('sliding_window') is None:
+  if family == 'llama' or not hf.get('use_sliding_window') or (
+      hf.get('sliding_window', _WINDOW) is None):
     return False
   first = hf.get('max_window_layers', 28)
   return first is None or first < _integer(hf, 'num_hidden_layers')

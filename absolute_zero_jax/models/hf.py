@@ -127,6 +127,8 @@ def table(folder: pathlib.Path) -> dict[str, tensor_files.Entry]:
     if not (folder / _SINGLE).exists():
       others = sorted(p.name for p in folder.iterdir() if p.suffix in ('.bin', '.pth', '.gguf'))
       hint = f'; {_listing(others)} there cannot be read as one' if others else ''
+      if any(name.endswith('.gguf') for name in others):
+        hint += ' (name the .gguf file itself instead of its directory)'
       raise ValueError(f'{folder} has neither {_SINGLE} nor {_INDEX}{hint}')
     return tensor_files.entries(folder / _SINGLE)
   try:
@@ -146,7 +148,8 @@ def table(folder: pathlib.Path) -> dict[str, tensor_files.Entry]:
   entries = {}
   for name in files:
     entries |= tensor_files.entries(folder / name)
-  astray = [t for t, name in where.items() if t not in entries or entries[t].path.name != name]
+  # What is in no file at all may not be needed (a tied output table): `check` says if it is.
+  astray = [t for t, name in where.items() if t in entries and entries[t].path.name != name]
   if astray:
     raise ValueError(f'{folder}: {_listing(astray)} are not in the file that {_INDEX} names; '
                      'files of two checkpoints are mixed')
@@ -222,9 +225,12 @@ def save(config: ModelConfig, params: Mapping, path: str | os.PathLike, *, dtype
   shards = _shards(config, dtype, shard_bytes)
   ids = dict(_generation(tokenizer) if generation is None else generation)
   size = sum(math.prod(shape) for shard in shards for shape in shard.values()) * dtype.itemsize
-  with directory.replacing(path, needed_bytes=size) as folder:
+  with directory.replacing(os.path.expanduser(path), needed_bytes=size) as folder:
     _write_shards(folder, shards, dtype, tensors(config, params))
     special = {k: v for k, v in ids.items() if k.endswith('_token_id')}
+    # To transformers the embedding of a padding token is no parameter; that of a stop is one.
+    if tokenizer is not None and special.get('pad_token_id') in tokenizer.stop_ids:
+      del special['pad_token_id']
     kind = 'torch_dtype'                   # the spelling that transformers 4 and 5 both read
     directory.write_json(folder / 'config.json', config.to_hf() | special | {kind: str(dtype)})
     directory.write_json(folder / 'generation_config.json', ids)

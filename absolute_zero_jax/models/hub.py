@@ -39,7 +39,7 @@ _FILES = {'allow_patterns': ['*.json', '*.safetensors', '*.jinja', 'tokenizer.mo
           'ignore_patterns': ['*/*']}
 _NAME = re.compile(r'[\w.-]+/[\w.-]+')
 CARRIED = pathlib.Path(__file__).resolve().parents[1] / 'carried'
-_TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
+_TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
 
 
 def resolve(name: str | os.PathLike) -> pathlib.Path:

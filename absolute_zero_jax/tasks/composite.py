@@ -9,11 +9,13 @@ import ast
 from collections.abc import Sequence
 import dataclasses
 import math
+import re
 
 from absolute_zero_jax.tasks import program, text
 from absolute_zero_jax.types import Task
 
 KIND = 'composite'
+_FUTURE = re.compile(r'^from __future__ import [\w, ]+$', re.M)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,5 +122,7 @@ def refusal(source: str, parts: Sequence[Task]) -> str:
 
 
 def join(source: str, parts: Sequence[Task]) -> str:
-  """The stored program: the parts, each with its imports, then f."""
-  return '\n\n'.join([*(part.program for part in parts), source])
+  """The stored program: the parts, each with its imports, then f; from `__future__` before all."""
+  whole = '\n\n'.join([*(part.program for part in parts), source])
+  first = sorted(set(_FUTURE.findall(whole)))
+  return '\n'.join([*first, _FUTURE.sub('', whole)]) if first else whole

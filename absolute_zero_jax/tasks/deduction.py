@@ -7,6 +7,7 @@ error prediction extend this class and differ in what is hidden.
 
 from collections.abc import Sequence
 import dataclasses
+import re
 
 from absolute_zero_jax.tasks import composite, identity, probes, program, text
 from absolute_zero_jax.types import Job, Status, Task, Verdict
@@ -90,9 +91,12 @@ class Deduction:
                             extra={'composite_functions': [part.program for part in parts]})
 
   def validation_jobs(self, proposal: program.Proposal) -> list[Job]:
-    """One job: run, repeat, and check that the output equals itself."""
-    inputs = (*proposal.inputs, *self._probes(proposal))
-    return [Job('validate', proposal.program, inputs, timeout_s=self.timeout_s)]
+    """One job: run, repeat, and check that the output equals itself; and one of the probes."""
+    jobs = [Job('validate', proposal.program, proposal.inputs, timeout_s=self.timeout_s)]
+    probed = self._probes(proposal)
+    # Not beside the proposal's own input: there they would share its time and what it changes.
+    return jobs + [Job('validate', proposal.program, probed, timeout_s=self.timeout_s)
+                   ] * bool(probed)
 
   def _probes(self, proposal: program.Proposal) -> tuple[str, ...]:
     return probes.inputs(proposal.inputs[0], self.probes)
@@ -100,16 +104,14 @@ class Deduction:
   def to_task(self, proposal: program.Proposal, verdicts: Sequence[Verdict],
               step: int) -> Task | str:
     """The task with canonical values, or the status that made it invalid."""
-    verdict = verdicts[0]
-    own = verdict.runs[:len(proposal.inputs)]
-    failed = [run.status for run in own if run.status is not Status.OK]
-    if failed or not own:
-      return (failed or [verdict.status])[0].value
-    cases = tuple((run.input, run.output) for run in own)
+    verdict, *probed = verdicts
+    if verdict.status is not Status.OK:
+      return verdict.status.value
+    cases = tuple((run.input, run.output) for run in verdict.runs)
     key = identity.key(self.name, proposal.program, [i for i, _ in cases])
-    probed = len(verdict.runs) > len(own) and probes.independent(verdict.runs)
+    independent = bool(probed) and probes.independent((*verdict.runs, *probed[0].runs))
     return Task(self.name, proposal.program, cases, born_step=step, key=key,
-                extra=proposal.extra | ({'independent': True} if probed else {}))
+                extra=proposal.extra | ({'independent': True} if independent else {}))
 
   def solve_prompt(self, task: Task, prompts) -> str:
     """Prompt for the output."""
@@ -129,15 +131,34 @@ class Deduction:
 
 
 def answer_text(answer: str, label: str) -> str | None:
-  """What an answer says: last block of that label, `# Label:` line, last block, or all of it."""
+  """What an answer says: last block of that label, `# Label:` line, last block, or all of it.
+
+  Of an answer in words, what stands in the last `label(...)`, in tags, or after `the label is`.
+
+  Source: azr_spec 5.5.
+  """
   blocks = text.fences(answer)
   found = text.last(blocks, (label,))
   if found is None:
     found = text.labelled_line(answer, label)
   if found is None and blocks:
     found = blocks[-1].body
+  if found is None and text.arguments(answer) is None:
+    found = _in_words(answer, label)
   found = (answer if found is None else found).strip()
   return found or None
+
+
+def _in_words(answer: str, label: str) -> str | None:
+  for pattern in (rf'^[ \t]*{label}\((.*)\)[ \t.]*$', rf'<{label}>(.*)</{label}>',
+                  rf'\bthe {label} is[ \t]*:?[ \t]*(\S.*)$',
+                  rf'^[ \t]*{label}[ \t]*:[ \t]*\n(.*)$'):
+    found = re.findall(pattern, answer, re.I | re.M)
+    if found:
+      said = found[-1].strip()
+      # The full stop of a sentence, unless it is the point of a number.
+      return said.removesuffix('.').strip('`') if text.literal(said) is None else said
+  return None
 
 
 def _matches(verdicts: Sequence[Verdict]) -> list[bool]:

@@ -4,7 +4,10 @@
 import ast
 from collections.abc import Sequence
 import dataclasses
+import io
+import keyword
 import re
+import tokenize
 
 from absolute_zero_jax.tasks import deduction, program, text
 from absolute_zero_jax.types import Job, Task, Verdict
@@ -25,6 +28,12 @@ class Error(deduction.Deduction):
   name: str = 'error'
   banned_statements: tuple[str, ...] = ()
 
+  def __post_init__(self):
+    unknown = set(self.banned_statements) - {*keyword.kwlist, *keyword.softkwlist}
+    if unknown:
+      raise ValueError(f'banned_statements={self.banned_statements!r}: {sorted(unknown)} are no '
+                       'keywords of Python.')
+
   def seeds(self) -> list[Task]:
     """The zero triplet, which raises nothing."""
     task = super().seeds()[0]
@@ -42,8 +51,11 @@ class Error(deduction.Deduction):
     tree = text.parse(found.program)
     if tree is None:       # with the functions it builds on
       return 'program_too_long'
-    kinds = {type(node).__name__.lower() for node in ast.walk(tree)}
-    return 'banned_statement' if kinds & set(self.banned_statements) else found
+    # Words such as `match` are names too, and then no statements.
+    used = {type(node).__name__.lower() for node in ast.walk(tree)} & set(keyword.softkwlist)
+    used.update(token.string for token in tokenize.generate_tokens(
+        io.StringIO(found.program).readline) if keyword.iskeyword(token.string))
+    return 'banned_statement' if used & set(self.banned_statements) else found
 
   def validation_jobs(self, proposal: program.Proposal) -> list[Job]:
     """As for deduction, with the exception's name as the outcome."""
@@ -65,7 +77,7 @@ class Error(deduction.Deduction):
 
   def parse_answer(self, answer: str) -> str | None:
     """The first identifier of the answer, e.g. `ValueError` of `ValueError: bad digit`."""
-    found = re.search(r'[A-Za-z_][\w.]*', deduction.answer_text(answer, 'output') or '')
+    found = re.search(r'[A-Za-z_]\w*(\.\w+)*', deduction.answer_text(answer, 'output') or '')
     return found and found[0].rsplit('.', 1)[-1]
 
   def checking_jobs(self, task: Task, answer: str) -> list[Job]:

@@ -43,12 +43,14 @@ def _canonical(tree: ast.Module) -> str:
   nodes = list(ast.walk(tree))
   # Left alone: f, and names that are also reached by their text: as attribute or keyword.
   fixed, has_class = {'f'}, any(isinstance(node, ast.ClassDef) for node in nodes)
+  imported = {(node.asname or node.name).split('.')[0] for node in nodes
+              if isinstance(node, ast.alias)}
   for node in nodes:
     if isinstance(node, ast.alias) and not node.asname:
       fixed.add(node.name.split('.')[0])
     elif isinstance(node, ast.Attribute) and has_class:
       fixed.add(node.attr)
-    elif isinstance(node, ast.Call) and not _is_of_builtin(node.func, has_class):
+    elif isinstance(node, ast.Call) and not _is_of_builtin(node.func, has_class, imported):
       fixed.update(keyword.arg for keyword in node.keywords if keyword.arg)
     elif isinstance(node, ast.MatchClass | ast.ClassDef):
       fixed.update(getattr(node, 'kwd_attrs', ()))
@@ -66,10 +68,13 @@ def _canonical(tree: ast.Module) -> str:
   return _dump(tree)
 
 
-def _is_of_builtin(function: ast.expr, has_class: bool) -> bool:
-  """Whether keywords of the call name nothing of the program's: `sorted(x, reverse=True)`."""
+def _is_of_builtin(function: ast.expr, has_class: bool, imported: set[str]) -> bool:
+  """Whether keywords of the call name nothing of the program's: `sorted(x, reverse=True)`.
+
+  Those of a module's functions may: `functools.partial(g, b=5)`.
+  """
   if isinstance(function, ast.Attribute):
-    return not has_class
+    return not has_class and getattr(function.value, 'id', None) not in imported
   return isinstance(function, ast.Name) and hasattr(builtins, function.id)
 
 

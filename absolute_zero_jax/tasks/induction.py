@@ -160,13 +160,11 @@ def _unlike(inputs: Iterable[str]) -> list[str]:
   for given in dict.fromkeys(inputs):
     try:
       found = literals.parse_inputs(given)
-      value = *found.args, found.kwargs
+      key = values.key((*found.args, found.kwargs), 'loose')
     except literals.LiteralError:        # the executor says why, or works out a call of f
-      value = None
-    if value is None or not any(values.equal(value, other, 'loose')
-                                for other in kept.values() if other is not None):
-      kept[given] = value
-  return list(kept)
+      key = None, given
+    kept.setdefault(key, given)
+  return list(kept.values())
 
 
 def _tells_code(message: str, source: str) -> bool:

@@ -2,7 +2,7 @@
 """Inputs beside the proposed one, to find out whether a program's output depends on its input.
 
 A proposer that collapses writes programs such as `y = 4 // 2; return y`, whatever the input is. So
-validation runs a proposal on a few changed inputs too, in the same processes, and the task is
+validation runs a proposal on a few changed inputs too, in other processes, and the task is
 marked (`Task.independent`) when all that gave a value gave the proposed input's. Of the programs of
 `grammar` three changed inputs mark 1.5 %.
 """

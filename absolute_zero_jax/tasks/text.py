@@ -9,6 +9,7 @@ text. All scans are linear in the length of the text.
 import ast
 from collections.abc import Sequence
 import dataclasses
+import functools
 import re
 import warnings
 
@@ -203,17 +204,23 @@ def positional(source: str, arguments: str) -> str | None:
 
   One input would otherwise be written in as many ways as its parameter has names.
   """
-  call, tree = ast.parse(f'f({arguments})', mode='eval').body, parse(source)
+  call = ast.parse(f'f({arguments})', mode='eval').body
   named = {k.arg: k.value for k in call.keywords}
   if not named:
     return arguments
-  functions = [node for node in (tree.body if tree else ())
-               if isinstance(node, ast.FunctionDef) and node.name == 'f']
-  names = [p.arg for p in (*functions[-1].args.posonlyargs, *functions[-1].args.args)
-           ][len(call.args):][:len(named)] if functions else []
+  names = _parameters(source)[len(call.args):][:len(named)]
   if set(names) != set(named):
     return None
   return _unparse([*call.args, *(named[name] for name in names)], is_data)
+
+
+@functools.lru_cache(8)                 # the inputs of a proposal come one by one
+def _parameters(source: str) -> list[str]:
+  tree = parse(source)
+  functions = [node for node in (tree.body if tree else ())
+               if isinstance(node, ast.FunctionDef) and node.name == 'f']
+  return [p.arg for p in (*functions[-1].args.posonlyargs, *functions[-1].args.args)
+          ] if functions else []
 
 
 def calls(line: str) -> list[str | None]:
