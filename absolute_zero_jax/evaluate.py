@@ -51,6 +51,7 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
   workdir = metrics.absolute(workdir)
   console = metrics.Console(stream)
   parts.use_compilation_cache()
+  parts.show_cpu_devices(c)
   prompts = prompts_lib.load(c.selfplay.prompts, c.selfplay.wrapper, c.selfplay.format_rule)
   # What can be wrong without a model is looked at before anything is scored.
   for part in c.heldout.parts:
@@ -60,12 +61,12 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     hub.resolve(c.heldout.base)
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoint.owned(workdir))
-    for name in ('results.json', 'items.jsonl', 'base_items.jsonl'):      # of an earlier evaluation
-      (workdir / name).unlink(missing_ok=True)
     executor = stack.enter_context(contextlib.closing(parts.executor(c)))
     tools = selfplay.Tools(kinds=(), tokenizer=None, sample=None, submit=executor.submit,
                            prompts=prompts, rewards=None)
     items, base = _loaded(c, tools, console), None
+    for name in ('results.json', 'base_items.jsonl'):        # of an earlier one, whole till now
+      (workdir / name).unlink(missing_ok=True)
     write_items(workdir / 'items.jsonl', items)
     if c.heldout.base:
       other = c.copy_and_resolve_references()

@@ -34,7 +34,8 @@ def read(path: pathlib.Path) -> tokenizer_spec.Source:
       raise ValueError(f'{path} is no tokenizer.json: it has no model with a vocabulary. Use the '
                        'file that belongs to the model.')
   else:
-    spec, names = tokenizer_spm.read(path)
+    spaced = config.get('add_prefix_space')
+    spec, names = tokenizer_spm.read(path, spaced if isinstance(spaced, bool) else None)
     adds_bos = True
   order = ['tokenizer_config.json', 'special_tokens_map.json']
   if 'added_tokens_decoder' in config:     # as transformers: in an older save the map overrules

@@ -17,8 +17,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BPE = 2  # TrainerSpec.ModelType
 
 
-def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read(path: pathlib.Path,
+         dummy_prefix: bool | None = None) -> tuple[dict[str, Any], dict[str, str]]:
   """Reads a ModelProto: field 1 pieces, 2 trainer spec, 3 normalizer spec.
+
+  `dummy_prefix` overrules whether it puts a space before a text.
 
   Source: sentencepiece_model.proto of google/sentencepiece (field numbers and defaults).
   """
@@ -43,7 +46,8 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
          'eos_token': trainer.get(42, 2), 'pad_token': trainer.get(43, -1)}
   names = {name: pieces[index][0] for name, index in ids.items() if 0 <= index < len(pieces)}
   spec = bpe_from_pieces(pieces, byte_fallback=bool(trainer.get(35, 0)), origin=str(path),
-                         dummy_prefix=bool(normal.get(3, 1)), unk_id=ids['unk_token'])
+                         dummy_prefix=bool(normal.get(3, 1) if dummy_prefix is None
+                                           else dummy_prefix), unk_id=ids['unk_token'])
   return spec, names
 
 

@@ -51,8 +51,8 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     # Without a checkpoint there is no run to protect, only a first try that failed.
     checkpoint.claim(workdir, config_lib.to_json(c), free=FREE_FIELDS if latest else None,
                      differences=config_lib.differences)
-    if latest is None:
-      _clear(workdir)
+    if latest is None:                 # what a run without checkpoints left is not this one's
+      _clear(workdir, 'heldout/*.jsonl', 'episodes/*.gz')
     current = stack.enter_context(Run(c, progress=console.stamp, console=console,
                                       fresh=latest is None))
     if c.command == 'seed':
@@ -88,15 +88,15 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     return current
 
 
-def _clear(workdir: epath.Path) -> None:
-  """Takes out what a run without checkpoints left, so that reports and seeds are of one run."""
-  for pattern in ('heldout/*.jsonl', 'episodes/*.gz', 'seeds/*.jsonl'):
-    for path in workdir.glob(pattern):
+def _clear(folder: epath.Path, *patterns: str) -> None:
+  for pattern in patterns:
+    for path in folder.glob(pattern):
       path.unlink(missing_ok=True)
 
 
 def _seed(current: Run, folder: epath.Path, console) -> None:
   wanted = current.c.seeding.tasks
+  _clear(folder, '*.jsonl')            # a play would read those of another seed run, too
   for name, count in current.make_seeds(folder).items():
     console.line(f'{folder / name}: {count} tasks'
                  + (f'; {wanted} were asked for, see seeding.patience' * (count < wanted)))

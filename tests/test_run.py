@@ -327,8 +327,13 @@ def test_generated_seeds_load_again_equal(make, tmp_path, capsys, monkeypatch):
   c = make(seeding__tasks=6, seeding__patience=2)
   c.command = 'seed'
   stream = io.StringIO()
+  left = tmp_path / 'b' / 'seeds' / 'induction.jsonl'      # of an earlier run of more kinds
+  left.parent.mkdir(parents=True)
+  left.write_text('{}')
+  c.selfplay.kinds = ('deduction', 'abduction')
   train.run(c, tmp_path / 'b', stream=stream)          # gives up, and says what it has
-  assert stream.getvalue().count('seeds: 1 of 6') == 2 * 2
+  assert not left.exists()
+  assert stream.getvalue().count('seeds: 1 of 6') == 2
   assert 'pairs.jsonl: 1 tasks; 6 were asked for' in stream.getvalue()
   c.selfplay.kinds = ('error',)
   with pytest.raises(config.ConfigError, match='seed files hold'):

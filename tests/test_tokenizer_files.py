@@ -326,3 +326,14 @@ def test_chat_templates_may_mark_generations_and_sort_keys(qwen_dir):
               "{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=True, ensure_ascii=True) }}")
   ours = tokenizer.load(qwen_dir, chat_template=template)
   assert ours.chat([{'role': 'user', 'content': 'x'}]) == 'x{"a": "\\u00e9", "b": 1}'
+
+
+@pytest.mark.parametrize('spaced', [True, False])
+def test_a_config_says_whether_a_space_comes_first(llama2_dir, tmp_path, spaced):
+  transformers = pytest.importorskip('transformers')
+  shutil.copytree(llama2_dir, tmp_path / 'm')
+  write_json(tmp_path / 'm' / 'config.json', model_type='llama')
+  write_json(tmp_path / 'm' / 'tokenizer_config.json', tokenizer_class='LlamaTokenizer',
+             add_prefix_space=spaced, add_bos_token=True, legacy=False)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'm')
+  assert tokenizer.load(tmp_path / 'm').encode('def f') == theirs.encode('def f')

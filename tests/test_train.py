@@ -165,9 +165,13 @@ def test_scores_of_a_first_try_are_none_of_the_next(tmp_path, monkeypatch):
   monkeypatch.setattr(train, '_one_step', failing)
   with pytest.raises(ValueError, match='first try'):
     train.run(c, tmp_path, stream=io.StringIO())
+  left = [tmp_path / 'heldout' / '000004.jsonl', tmp_path / 'episodes' / '000003.jsonl.gz']
+  for path in left:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b'')
   monkeypatch.setattr(train, '_one_step', lambda *_: ({'heldout/same/mean/greedy': 0.5}, False))
   train.run(c, tmp_path, stream=io.StringIO())
-  assert seen == [0.4, 0.5]
+  assert seen == [0.4, 0.5] and not any(path.exists() for path in left)
 
 
 def test_another_config_is_refused_in_the_same_workdir(uninterrupted):
