@@ -236,9 +236,6 @@ class Batch:
     for b, row in live:
       n = chunk.counts_B[b]
       row.ids += chunk.tokens_BC[b, :n].tolist()
-      if not np.isfinite(chunk.model_logprobs_BC[b, :n]).all():
-        raise ValueError('the parameters give logits that are no finite numbers; some of them may '
-                         'be NaN, or too large for the dtype.')
       row.sampler += chunk.sampler_logprobs_BC[b, :n].tolist()
       row.model += chunk.model_logprobs_BC[b, :n].tolist()
     p.stats['decode_s'] += time.perf_counter() - started

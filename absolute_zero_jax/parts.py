@@ -212,6 +212,22 @@ def optimizer(c: ConfigDict) -> Any:
                                  'the updates of an iteration.') from e
 
 
+def notes(c: ConfigDict, model: Any, tokenizer: Any, source: Any) -> list[str]:
+  """What is possible and seldom meant; `source` is where the model's weights lie, if anywhere."""
+  out = []
+  if c.model.tokenizer and source and 2 * tokenizer.vocab_size < model.vocab:
+    out.append(f'model.tokenizer={c.model.tokenizer!r} has {tokenizer.vocab_size} tokens, the '
+               f'model {model.vocab}: is it the one the model was trained with?')
+  longest = c.sampler.max_prompt_tokens + longest_response(c)
+  if longest > model.max_positions:
+    out.append(f'sampler.max_prompt_tokens and the longest response are {longest} tokens '
+               f'together; the model was made for {model.max_positions}')
+  if c.selfplay.mc_samples == 1 and c.selfplay.train_propose and c.command == 'selfplay':
+    out.append('with selfplay.mc_samples=1 every task is solved always or never, so that its '
+               'learnability is 0; proposers are paid for it from 2 on')
+  return out
+
+
 def learner(c: ConfigDict, model: Any, mesh: Any, algorithm: Any, optimizer: Any,
             ) -> learner_lib.Learner:
   """The compiled update of this model."""

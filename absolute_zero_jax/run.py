@@ -117,16 +117,8 @@ class Run:
     count = _count(decoder.param_specs(self.model))
     self._say(f'model: {c.model.name}, {count / 1e6:.{1 if count < 1e7 else 0}f}M parameters, '
               f'{time.perf_counter() - start:.1f} s')
-    if c.model.tokenizer and self.source and 2 * self.tokenizer.vocab_size < self.model.vocab:
-      self._say(f'note: model.tokenizer={c.model.tokenizer!r} has {self.tokenizer.vocab_size} '
-                f'tokens, the model {self.model.vocab}: is it the one the model was trained with?')
-    longest = c.sampler.max_prompt_tokens + parts.longest_response(c)
-    if longest > self.model.max_positions:
-      self._say(f'note: sampler.max_prompt_tokens and the longest response are {longest} tokens '
-                f'together; the model was made for {self.model.max_positions}')
-    if c.selfplay.mc_samples == 1 and c.selfplay.train_propose and c.command == 'selfplay':
-      self._say('note: with selfplay.mc_samples=1 every task is solved always or never, so that '
-                'its learnability is 0; proposers are paid for it from 2 on')
+    for note in parts.notes(c, self.model, self.tokenizer, self.source):
+      self._say(f'note: {note}')
 
     self.learner = parts.learner(c, self.model, self.mesh, algorithm, optimizer)
     self.sampler = parts.sampler(c, self.model, self.mesh, self.tokenizer)

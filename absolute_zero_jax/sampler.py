@@ -14,6 +14,7 @@ ones outlives a call (`Sampler.release` drops it).
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import math
 import time
 from typing import Any
 import weakref
@@ -165,6 +166,9 @@ class Sampler:
         reason = _end(row, stopped, stop_fn)
         if reason is None:
           continue
+        if not all(map(math.isfinite, row.model)):
+          raise ValueError('the parameters give logits that are no finite numbers; some of them '
+                           'may be NaN, or too large for the dtype.')
         batch.free(slot)
         finished += 1
         stats['tokens'] += len(row.ids)

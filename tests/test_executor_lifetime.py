@@ -292,3 +292,16 @@ def test_a_worker_that_proc_does_not_show_is_no_lost_one(error, monkeypatch):
   zygote._pids = [ended.pid]
   with pytest.raises(workers.Lost, match='gone'):
     zygote.check(0.0, 1.0)
+
+
+def test_a_job_is_finished_before_later_ones_begin():
+  program = 'def f(x):\n  while x >= 0: pass\n  return x\n# '
+  jobs = [Job('run', program + str(i), ('1', '2', '3'), timeout_s=0.1) for i in range(8)]
+  with Executor(workers=2) as executor:
+    started = time.monotonic()
+    futures = [executor.submit(job) for job in jobs]
+    futures[0].result()
+    first_s = time.monotonic() - started
+    for future in futures:
+      future.result()
+    assert first_s < 0.45 * (time.monotonic() - started)       # of 24 limits, by two, some three

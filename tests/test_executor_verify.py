@@ -135,7 +135,7 @@ def test_an_output_too_long_to_be_answered_is_no_task():
 
 
 def test_a_gold_must_verify_itself(monkeypatch):
-  monkeypatch.setattr(verify, '_value_of', lambda text: 'something else')
+  monkeypatch.setattr(verify.compare, 'value_of', lambda text: 'something else')
   verdict, _ = _drive(_trial(Job('validate', _F, ('1',))), [_value(1, 1)], [_value(1)])
   assert verdict.status is Status.ERROR and verdict.error == 'gold does not verify itself'
 

@@ -66,6 +66,15 @@ def test_what_is_no_task_says_why(program, given, status, executor):
   assert kind.to_task(tasks.Proposal(program, (given,)), verdicts, 0) in status
 
 
+def test_what_one_input_leaves_does_not_reach_the_next(executor):
+  """Else an answer may read its outputs off a list, whatever the inputs are."""
+  listed = 'out = iter([1, 2, 3])\ndef f(x):\n  return next(out)'
+  counted = 'n = 0\ndef f(x):\n  global n\n  n += 1\n  return n'
+  for program in (listed, counted):
+    [verdict] = executor.run([Job('run', program, ('7', '8', '9'))])
+    assert [r.output for r in verdict.runs] == ['1', '1', '1']
+
+
 @pytest.mark.parametrize('program, want', [
     # A module outlives the program that is loaded anew.
     ('import math\ndef f(x):\n  try: math.n += 1\n  except AttributeError: math.n = 1\n'

@@ -393,3 +393,11 @@ def test_keywords_for_a_module_s_function_name_what_they_name():
          'def f(x): return functools.partial(g, b=5)(x)')
   other = one.replace('b=1, c=2): return a, b, c', 'c=1, b=2): return a, c, b')
   assert identity.key('k', one) != identity.key('k', other)
+
+
+def test_an_answer_of_many_openings_is_read_in_linear_time():
+  kind = tasks.get('deduction')
+  for answer in ('<output>' * 20_000, 'the output is ' * 20_000, 'output(' + ') ' * 40_000 + 'x'):
+    started = time.process_time()
+    kind.parse_answer(answer)
+    assert time.process_time() - started < 1

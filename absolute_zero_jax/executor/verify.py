@@ -17,27 +17,19 @@ used some of it runs once more, in front of the rest.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
 import dataclasses
 import functools
 import hashlib
 import traceback
 from typing import Any
 
-from absolute_zero_jax.executor import literals, policy, reports, values
+from absolute_zero_jax.executor import compare, literals, policy, reports, values
 from absolute_zero_jax.types import Job, Run, Status, Verdict
 
 MAX_CALLS = 64              # inputs in one process
 _MAX_NESTED = 4             # calls of f in one input
 _MAX_DEATHS = 3             # processes of one job that may die before the rest is given up
-# Of a longer text no value is remembered: it takes up to 50 times the room.
-_MAX_KEPT_CHARS = 256
 _FORGOTTEN = object()
-
-# From best to worst; a verdict has the worst status of its runs.
-SEVERITY = (Status.OK, Status.REJECTED, Status.ERROR, Status.NONDETERMINISTIC, Status.TIMEOUT,
-            Status.MEMORY, Status.CRASHED, Status.UNSAFE)
-
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
@@ -101,7 +93,7 @@ class Trial:
   def _start(self) -> None:
     job = self._job
     if job.op == 'compare':
-      self.verdict = _compare(job, self._rules)
+      self.verdict = compare.answers(job, self._rules.equality)
       return
     if job.op not in ('validate', 'run'):
       self.verdict = Verdict(Status.REJECTED, error=f'unknown op {job.op[:20]!r}')
@@ -169,7 +161,7 @@ class Trial:
     return self._program, self._inputs[i], self._job.expect_error
 
   def _remember(self, i: int, outcome: reports.Outcome) -> None:
-    if len(outcome.text) > _MAX_KEPT_CHARS:
+    if len(outcome.text) > compare.MAX_KEPT_CHARS:
       outcome = dataclasses.replace(outcome, value=_FORGOTTEN)
     self._cache.put(self._cache_key(i), outcome)
 
@@ -269,7 +261,7 @@ class Trial:
       elif first.status is Status.OK:
         first = earlier
     elif first.status is Status.OK or len(outcomes) > 1:
-      worst = max(outcomes, key=lambda o: SEVERITY.index(o.status))
+      worst = max(outcomes, key=lambda o: compare.SEVERITY.index(o.status))
       if not all(_same(first, o) for o in outcomes):
         first = (worst if worst.status in (Status.TIMEOUT, Status.MEMORY, Status.CRASHED)
                  else reports.Outcome(Status.NONDETERMINISTIC, error='two calls differ'))
@@ -293,7 +285,7 @@ class Trial:
     if self._job.op == 'validate':
       self._check_golds()
     runs = tuple(self._run(i) for i in range(len(self._outcomes)))
-    status, error = worst_of(runs)
+    status, error = compare.worst_of(runs)
     validated = self._job.op == 'validate' and status is not Status.REJECTED
     self.verdict = Verdict(status, runs, error=error, program=self._program if validated else '',
                            key=self._task_key() if validated else '',
@@ -306,7 +298,7 @@ class Trial:
         continue
       if not self._job.expect_error:
         try:
-          accepted = values.equal(_value_of(o.text), o.value, 'strict')
+          accepted = values.equal(compare.value_of(o.text), o.value, 'strict')
           reread = _inputs_of(self._inputs[i], False) == self._inputs[i]
         except literals.LiteralError:
           accepted = reread = False
@@ -329,28 +321,12 @@ class Trial:
     return Run(Status.OK, self._inputs[i], o.text, matches)
 
 
-def worst_of(runs: Iterable[Run]) -> tuple[Status, str]:
-  """Status and error of the worst run; OK for none."""
-  worst = max(runs, key=lambda r: SEVERITY.index(r.status), default=Run(Status.OK))
-  return worst.status, worst.error
-
-
 def _same(a: reports.Outcome, b: reports.Outcome) -> bool:
   if a.status is not b.status:
     return False
   if a.status is not Status.OK:
     return a.error == b.error
   return a.text == b.text or values.equal(a.value, b.value, 'strict') and a.value is not None
-
-
-def _value_of(text: str) -> Any:
-  parse = _parsed if len(text) <= _MAX_KEPT_CHARS else literals.parse_value
-  return parse(text)
-
-
-@functools.lru_cache(2048)
-def _parsed(text: str) -> Any:
-  return literals.parse_value(text)
 
 
 @functools.lru_cache(2048)
@@ -362,42 +338,9 @@ def _matches(o: reports.Outcome, expected: str, expect_error: bool, rules: Rules
   if expected == o.text:
     return True
   if expect_error:
-    return error_name(expected) == error_name(o.text)
+    return compare.error_name(expected) == compare.error_name(o.text)
   try:
-    value = _value_of(o.text) if o.value is _FORGOTTEN else o.value
-    return values.equal(value, _value_of(expected), rules.equality)
+    value = compare.value_of(o.text) if o.value is _FORGOTTEN else o.value
+    return values.equal(value, compare.value_of(expected), rules.equality)
   except literals.LiteralError:
     return False
-
-
-def error_name(text: str) -> str:
-  """An exception's name as it is compared: first word, up to a colon, in lower case.
-
-  Source: the reference's treatment of code_e answers.
-  """
-  words = text.strip().strip('\'"`').split(':')[0].split()
-  return words[0].lower() if words else ''
-
-
-def _compare(job: Job, rules: Rules) -> Verdict:
-  runs = []
-  for i, answer in enumerate(job.inputs):
-    gold = job.expected[i] if i < len(job.expected) else ''
-    try:
-      if job.expect_error:
-        literals.check_text(answer)
-        runs.append(Run(Status.OK, answer, error_name(answer),
-                        error_name(answer) == error_name(gold) != ''))
-        continue
-      value = literals.parse_value(answer, fold=rules.equality == 'loose')
-      text = values.text(value)
-    except literals.LiteralError as e:
-      runs.append(Run(Status.REJECTED, error=f'answer: {e}'))
-      continue
-    try:
-      matches = values.equal(value, _value_of(gold), rules.equality)
-    except literals.LiteralError:
-      matches = False
-    runs.append(Run(Status.OK, text, text, matches))
-  status, error = worst_of(runs)
-  return Verdict(status, tuple(runs), error=error)

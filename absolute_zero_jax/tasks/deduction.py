@@ -150,15 +150,15 @@ def answer_text(answer: str, label: str) -> str | None:
 
 
 def _in_words(answer: str, label: str) -> str | None:
-  for pattern in (rf'^[ \t]*{label}\((.*)\)[ \t.]*$', rf'<{label}>(.*)</{label}>',
-                  rf'\bthe {label} is[ \t]*:?[ \t]*(\S.*)$',
+  found = text.tagged(answer, label)
+  for pattern in (rf'^[ \t]*{label}\((.*)\)[ \t.]*$', rf'\bthe {label} is[ \t]*:?[ \t]*(\S.*)$',
                   rf'^[ \t]*{label}[ \t]*:[ \t]*\n(.*)$'):
-    found = re.findall(pattern, answer, re.I | re.M)
-    if found:
-      said = found[-1].strip()
-      # The full stop of a sentence, unless it is the point of a number.
-      return said.removesuffix('.').strip('`') if text.literal(said) is None else said
-  return None
+    if found is None:
+      found = next(reversed(re.findall(pattern, answer, re.I | re.M)), None)
+  if found is None or text.literal(found) is not None:
+    return found
+  # The full stop of a sentence; where the text is a literal, it is the point of a number.
+  return found.strip().removesuffix('.').strip('`')
 
 
 def _matches(verdicts: Sequence[Verdict]) -> list[bool]:
