@@ -47,7 +47,14 @@ def _check(result, rows):
 @pytest.mark.parametrize('policy', [True, False], ids=['gate and fence', 'fence alone'])
 def test_hostile_programs_are_contained(corpus, policy):
   rows = [json.loads(line) for line in corpus.open()]
-  _check(hostile.run_corpus(rows, policy=policy, **_LIMITS), len(rows))
+  result = hostile.run_corpus(rows, policy=policy, **_LIMITS)
+  # A clock's microseconds modulo 7 agree three times in one of 49 runs: once more, then.
+  missed = {name for name, expected, *_ in result['wrong'] if expected == 'nondeterministic'}
+  if missed:
+    again = [row for row in rows if row['name'] in missed]
+    result['wrong'] = [wrong for wrong in result['wrong'] if wrong[0] not in missed] + (
+        hostile.run_corpus(again, policy=policy, **_LIMITS)['wrong'])
+  _check(result, len(rows))
 
 
 def test_hostile_programs_are_contained_for_an_unprivileged_user(corpus, tmp_path):
