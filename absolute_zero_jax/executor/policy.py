@@ -17,8 +17,10 @@ from collections.abc import Iterable
 import dataclasses
 import functools
 import hashlib
+import importlib
 import symtable
 import sys
+import types
 
 from absolute_zero_jax.executor import literals
 
@@ -198,7 +200,7 @@ class _Walk:
 
   def __init__(self, modules: frozenset[str], source: str):
     self._modules, self._source = modules, source
-    self._aliases: set[str] = set()
+    self._aliases: dict[str, str] = {}           # names that are modules: their dotted paths
 
   def check(self, tree: ast.Module) -> None:
     attributes, names, bound = [], [], set()     # judged last, when every alias is known
@@ -228,7 +230,8 @@ class _Walk:
       elif t is ast.Import:
         for alias in node.names:
           self._allow(alias.name)
-          self._aliases.add(alias.asname or alias.name.partition('.')[0])
+          root = alias.name.partition('.')[0]
+          self._aliases[alias.asname or root] = alias.name if alias.asname else root
       elif t is ast.ImportFrom:
         self._import_from(node)
       elif t is ast.AsyncFunctionDef or t is ast.Await:
@@ -243,9 +246,10 @@ class _Walk:
       self._attribute(node)
     # A module that is passed on as a value would hide what is taken from it.
     receivers = {id(node.value) for node in attributes}
-    for node in names:
-      if node.id in self._aliases and id(node) not in receivers and node.id not in bound:
-        raise PolicyError(f'module {node.id[:40]} as a value')
+    for node in [*names, *attributes]:
+      name = getattr(node, 'id', None)
+      if id(node) not in receivers and self._path(node) and name not in bound:
+        raise PolicyError(f'module {ast.unparse(node)[:40]} as a value')
 
   def _allow(self, name: str) -> None:
     root = name.partition('.')[0]
@@ -258,8 +262,12 @@ class _Walk:
     self._allow(node.module)
     for alias in node.names:
       name = alias.name
-      if name in _FORBIDDEN_MODULES or (name.startswith('_') and node.module != '__future__'):
+      path = _module_path(node.module, name)
+      if (name in _FORBIDDEN_MODULES or (name.startswith('_') and node.module != '__future__')
+          or not _is_below(path, node.module)):
         raise PolicyError(f'import {node.module[:40]}.{name[:40]}')
+      if path:
+        self._aliases[alias.asname or name] = path
 
   def _name(self, name: str) -> None:
     if (_is_dunder(name) and name not in _SAFE_DUNDERS
@@ -273,9 +281,21 @@ class _Walk:
   def _attribute(self, node: ast.Attribute) -> None:
     name = node.attr
     self._attribute_name(name)
-    if isinstance(node.value, ast.Name) and node.value.id in self._aliases:
-      if name in _FORBIDDEN_MODULES or name.startswith('_'):
-        raise PolicyError(f'import {node.value.id[:40]}.{name[:40]}')
+    parent = self._path(node.value)
+    if parent and (name in _FORBIDDEN_MODULES or name.startswith('_')
+                   or not _is_below(_module_path(parent, name), parent)):
+      raise PolicyError(f'import {ast.unparse(node.value)[:40]}.{name[:40]}')
+
+  def _path(self, node: ast.expr) -> str:
+    """The dotted path of the module that a name, or an attribute of a module, is; or ''."""
+    names = []
+    while isinstance(node, ast.Attribute):
+      names.append(node.attr)
+      node = node.value
+    path = self._aliases.get(node.id, '') if isinstance(node, ast.Name) else ''
+    for name in reversed(names):
+      path = path and _module_path(path, name)
+    return path
 
   def _text(self, text: str) -> None:
     # getattr(x, '__subclasses__'), '{0.__globals__}'.format(f)
@@ -283,6 +303,23 @@ class _Walk:
       for word in _words(text):
         if _is_dunder(word) and word not in _SAFE_DUNDERS:
           raise PolicyError(f'text {word[:40]}')
+
+
+@functools.lru_cache(4096)
+def _module_path(module: str, name: str) -> str:
+  """The path of a module that another one of the allow-list holds under a name (`re.enum`)."""
+  if module.partition('.')[0] not in MODULES:
+    return ''
+  try:
+    value = getattr(importlib.import_module(module), name, None)
+  except ImportError:
+    return ''
+  return value.__name__ if isinstance(value, types.ModuleType) else ''
+
+
+def _is_below(path: str, module: str) -> bool:
+  """Whether what a module holds is no other module's: `json.decoder`, but not `statistics.math`."""
+  return not path or path.partition('.')[0] == module.partition('.')[0]
 
 
 @functools.lru_cache(1)
