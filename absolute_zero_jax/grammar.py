@@ -191,7 +191,7 @@ def rival(rng: random.Random, made: Example, shown: Sequence[int]) -> str | None
 
 
 def agree(made: str, wanted: str) -> bool:
-  """Whether two values, as text, are equal and of one type; the order of a dict does not count.
+  """Whether two values, as text, are equal as an answer must be: in type too, at every depth.
 
   Text that is no literal ('range(0, 3)', which a model may return) agrees with itself alone.
   """
@@ -201,7 +201,15 @@ def agree(made: str, wanted: str) -> bool:
     left, right = ast.literal_eval(made), ast.literal_eval(wanted)
   except (ValueError, SyntaxError):
     return False
-  return type(left) is type(right) and left == right
+  return _typed(left) == _typed(right)
+
+
+def _typed(value: Any) -> tuple:
+  if isinstance(value, list | tuple):
+    return type(value), tuple(map(_typed, value))
+  if isinstance(value, dict):
+    return dict, frozenset((_typed(k), _typed(v)) for k, v in value.items())
+  return type(value), frozenset(map(_typed, value)) if isinstance(value, set) else value
 
 
 class _Scope:

@@ -109,7 +109,7 @@ def _of_program(function):
   """A term of the program, for kinds that propose one."""
   def value(task, references, counts, hierarchical):
     del references, counts, hierarchical
-    return None if task.kind == 'induction' else function(task.program)
+    return None if task.kind == 'induction' else function(task.own_program)
   return value
 
 
@@ -122,7 +122,8 @@ def _edit_distance(task, references, counts, hierarchical):
   del counts, hierarchical
   if task.kind == 'induction':
     return None
-  return mean_edit_distance(task.program, [r.program for r in references])
+  plain = (r for r in references if r.kind != 'composite')       # those are given, not shown
+  return mean_edit_distance(task.own_program, [r.program for r in plain])
 
 
 # name -> function of (task, references, counts, hierarchical); None where it does not apply.

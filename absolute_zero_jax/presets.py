@@ -15,14 +15,14 @@ _AZR_PAPER = {
     'executor.options': {'equality': 'loose'},
     'selfplay.kind_options': {'rules': {
         'functions': 'one', 'rename': 'not_first', 'reject_constant': False,
-        'banned_words': 'azr'}, 'distinct_inputs': False},
+        'banned_words': 'azr'}, 'distinct_inputs': False, 'quotes_code': True},
 }
 PRESETS: dict[str, dict[str, Any]] = {
     'azr': {},
     'azr_paper': _AZR_PAPER,
     'azr_paper_eq': _AZR_PAPER | {
         'selfplay.solve_source': 'fresh', 'reward.zero_learnability': 0.0,
-        'algorithm.aggregation': 'sequence'},
+        'algorithm.aggregation': 'sequence', 'algorithm.whiten_count': 'sequence'},
     # The reference's main branch; its greedy Monte-Carlo answers are not reproduced.
     'azr_main': _AZR_PAPER | {
         'algorithm.entropy_coef': 0.0, 'optimizer.weight_decay': 0.0,

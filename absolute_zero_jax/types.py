@@ -45,7 +45,8 @@ class Task:
     born_step: iteration that proposed it; 0 for seeds.
     key: hash of the normalised program and its inputs; equal keys are duplicates.
     extra: anything a user's own kind needs; must be JSON-serialisable. 'independent': True says
-      that the output was found not to depend on the input (`tasks.probes`).
+      that the output was found not to depend on the input (`tasks.probes`), 'original_snippet'
+      the program without functions that it was given (`tasks.composite`).
   """
   kind: str
   program: str
@@ -75,6 +76,11 @@ class Task:
   def independent(self) -> bool:
     """Whether the output was found not to depend on the input."""
     return bool(self.extra.get('independent'))
+
+  @property
+  def own_program(self) -> str:
+    """What the proposer wrote of the program: not the functions that a composite was given."""
+    return self.extra.get('original_snippet', self.program)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,3 +113,11 @@ def test_test_sets_depend_on_the_seed_alone():
   assert len({e.key for e in first}) == 8
   with pytest.raises(ValueError, match='deeper'):
     grammar.test_set(5, 8, 'other')
+
+
+@pytest.mark.parametrize('made, wanted, same', [
+    ('[True]', '[1]', False), ('{1.0: 2}', '{1: 2}', False),
+    ("{'a': 1, 'b': 2}", "{'b': 2, 'a': 1}", True),
+    ('(1, [2])', '(1, [2])', True), ('range(0, 3)', 'range(3)', False)])
+def test_values_agree_as_answers_do(made, wanted, same):
+  assert grammar.agree(made, wanted) is same

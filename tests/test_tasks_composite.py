@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 
-from absolute_zero_jax import buffer, phases, tasks
-from absolute_zero_jax.tasks import composite, program, prompts
+from absolute_zero_jax import buffer, intrinsic, phases, tasks
+from absolute_zero_jax.tasks import composite, metrics, program, prompts
 from absolute_zero_jax.types import Task
 
 
@@ -39,6 +39,10 @@ def test_it_is_off_by_default():
     ('def f(a):\n  return a', 'composite_unused'),
     ('def f(a):\n  return g_0(1) + a', 'composite_unused'),
     ('def f(a):\n  return g_0(a)', 'composite_wrapper'),
+    ('def f(a):\n  "Doubles."\n  pass\n  return g_0(x=a)', 'composite_wrapper'),
+    ('def f(a):\n  y = g_0(a)\n  return y', 'composite_wrapper'),
+    ('def f(a):\n  y = g_0(a)\n  return a', ''),
+    ('def f(a):\n  y = g_0(a)\n  return y + 1', ''),
     ('def g_0(x):\n  return 1\ndef f(a):\n  return g_0(a) + 1', 'composite_redefined'),
     ('def f(a):\n  g_0 = len\n  return g_0(a) + 1', 'composite_redefined'),
     ('def h(a):\n  return g_0(a)\ndef f(a):\n  return a', 'composite_unused'),
@@ -132,3 +136,37 @@ def test_imports_from_the_future_come_first():
   scope = {}
   exec(compile(joined, 'joined', 'exec', dont_inherit=True), scope)        # written here
   assert scope['f'](3) == 7
+
+
+def test_what_a_part_imports_is_not_bound_anew():
+  part = Task(composite.KIND, 'from math import gcd\nimport re\ndef g_0(a): return gcd(a, 12)', ())
+  body = 'def f(x):\n  return g_0(x) + 1'
+  for line in ('def gcd(a, b): return 0', 'from statistics import mean as gcd', 're = 1'):
+    assert composite.refusal(f'{line}\n{body}', [part]) == 'composite_redefined'
+  assert composite.refusal(f'import re\nfrom math import gcd\n{body}', [part]) == ''
+
+
+def test_parts_that_break_each_other_are_not_drawn_together():
+  schedule = composite.Schedule(start_step=0, count_max=2, count_min=2, chance=1.0)
+  imports = 'from math import gcd\ndef f(a): return gcd(a, 12)'
+  for other, count in (('def gcd(a, b): return 0\ndef f(a): return gcd(a, 2)', 1),
+                       ('from math import gcd\ndef f(a): return gcd(a, 9)', 2)):
+    made = buffer.TaskBuffer()
+    for key, source in (('a', imports), ('b', other)):
+      made.add(Task('deduction', source, (('8', '4'),), key=key))
+    drawn = composite.draw(made, 'deduction', np.random.default_rng(0), schedule)
+    assert len(drawn) == count
+
+
+def test_rewards_and_metrics_compare_what_a_proposer_wrote_itself():
+  given = Task(composite.KIND, 'def g_0(x):\n  return [i for i in range(x) if i % 2 and i % 3]', ())
+  shown = Task('deduction', 'def f(x):\n  return x', (('1', '1'),))
+  own = 'def f(x):\n  return len(g_0(x))'
+  whole = Task('deduction', composite.join(own, [given]), (('3', '1'),),
+               extra={'original_snippet': own})
+  alone = Task('deduction', own, (('3', '1'),))
+  for name in ('complexity', 'halstead', 'mean_edit_distance'):
+    term = intrinsic.TERMS[name]
+    assert term(whole, [shown, given], {}, False) == term(alone, [shown], {}, False)
+  assert metrics.task_metrics([whole], [[shown, given]])['reference_distance'] == (
+      metrics.task_metrics([alone], [[shown]])['reference_distance'])

@@ -50,6 +50,8 @@ def test_the_main_function_becomes_f(source, mode, result):
      'banned_word'),
     ('from a.time import b\ndef f(x):\n  return x', {'banned_words': ('time',)}, 'banned_word'),
     ('def f(x):\n  assert x\n  return x', {'reject_inner_tests': True}, 'inner_test'),
+    ('def g(x):\n  return x\nr = g(3)\ny = 2', {'reject_inner_tests': True}, 'inner_test'),
+    ('def f(x):\n  return x\nif f(3) != 4:\n  raise E', {'reject_inner_tests': True}, 'inner_test'),
 ])
 def test_refusals(source, rules, reason):
   assert _prepare(source, **rules) == reason

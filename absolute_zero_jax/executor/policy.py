@@ -63,6 +63,8 @@ _STATELESS = dict.fromkeys('bisect cmath heapq itertools math'.split()) | {
         'typing': 'Any Callable Counter DefaultDict Deque Dict FrozenSet Generator Iterable '
                   'Iterator List Literal Mapping NamedTuple Optional Sequence Set Tuple Union'
     }.items()}
+_BINDING = (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar,
+            ast.MatchMapping)
 _FORBIDDEN_MODULES = (frozenset(sys.stdlib_module_names)
                       | {'numpy', 'torch', 'jax', 'bltns'}) - MODULES     # as `enum` calls builtins
 
@@ -224,6 +226,8 @@ class _Walk:
         attributes.append(node)
       elif t is ast.arg:
         bound.add(node.arg)
+      elif t in _BINDING:
+        bound.add(getattr(node, 'name', None) or getattr(node, 'rest', None))
       elif t is ast.MatchClass:
         for name in node.kwd_attrs:
           self._attribute_name(name)

@@ -15,11 +15,11 @@ class Abduction(deduction.Deduction):
   def parse_answer(self, answer: str) -> str | None:
     """An argument list from the last input block, `# Input:` line, or the whole answer.
 
-    A call of f around it is taken off. Text that is no list of literals is handed on as it is, so
+    A call of f around it is taken off. Text that is no list of constants is handed on as it is, so
     that it is scored as wrong rather than as badly formed.
     """
     found = deduction.answer_text(answer, 'input')
-    return found and (text.arguments(found) or found)
+    return found and (deduction.arguments_of(found, search=False) or found)
 
   def checking_jobs(self, task: Task, answer: str) -> list[Job]:
     """Runs the program on the answer and compares with the stored output.

@@ -62,8 +62,8 @@ class Schedule:
 def draw(buffer, kind: str, rng, schedule: Schedule) -> list[Task]:
   """Functions the next f must call, as tasks of kind 'composite'; often none.
 
-  Programs that are composites themselves, or whose other names collide, are passed over. The step
-  is that of the newest stored task.
+  Programs that are composites themselves, or whose other names collide, are passed over; one import
+  may be in several. The step is that of the newest stored task.
   """
   pool = buffer.tasks(kind)
   count, chance = schedule.at(max((task.born_step for task in pool), default=0))
@@ -71,14 +71,14 @@ def draw(buffer, kind: str, rng, schedule: Schedule) -> list[Task]:
     return []
   wanted = int(rng.integers(schedule.count_min, max(count, schedule.count_min) + 1))
   parts: list[Task] = []
-  taken: set[str] = {'f'}
+  taken = {'f': ''}
   for index in rng.permutation(len(pool)):
     if len(parts) == wanted:
       break
     task, name = pool[index], f'g_{len(parts)}'
     source = None if task.extra.get('composite_functions') else program.renamed(task.program, name)
-    names = program.top_level_names(source) if source else set()
-    if source and not names & taken:
+    names = _names(source) if source else {}
+    if source and all(names[n] and names[n] == taken[n] for n in names.keys() & taken):
       taken |= names
       parts.append(Task(KIND, source, task.cases, key=task.key))
   return parts
@@ -93,16 +93,17 @@ def refusal(source: str, parts: Sequence[Task]) -> str:
   """Why f does not build on the parts, or ''.
 
   f must call every g_k, with an argument that depends on a name bound in f (parameter, local, loop
-  or comprehension variable); the program must not bind any name of the parts; and f must be more
-  than `return g_k(parameters)`.
+  or comprehension variable); the program must not bind any name of the parts, but may import the
+  same; and f must be more than `return g_k(parameters)`, also by way of a local name.
   """
   tree = text.parse(source)
   main = program.main_function(tree) if tree else None
   if main is None:
     return 'no_function'
-  given = set().union(*(program.top_level_names(part.program) for part in parts), set())
-  if given & set(program.bound_names(tree)):
-    return 'composite_redefined'
+  bound, imported = program.bound_names(tree), program.imported_names(source)
+  for name, target in (pair for part in parts for pair in _names(part.program).items()):
+    if name in bound and not (target and imported.get(name) == target):
+      return 'composite_redefined'
   own = set(program.bound_names(main))
   calls = {}
   for node in ast.walk(main):
@@ -113,12 +114,26 @@ def refusal(source: str, parts: Sequence[Task]) -> str:
   for number in range(len(parts)):
     if not calls.get(f'g_{number}'):
       return 'composite_unused'
-  last = main.body[-1]
-  if len(main.body) == 1 and isinstance(last, ast.Return) and isinstance(last.value, ast.Call):
-    if all(isinstance(a, ast.Name) for a in last.value.args) and not last.value.keywords:
-      if isinstance(last.value.func, ast.Name) and last.value.func.id.startswith('g_'):
-        return 'composite_wrapper'
-  return ''
+  return 'composite_wrapper' if _is_wrapper(main) else ''
+
+
+def _is_wrapper(main: ast.FunctionDef) -> bool:
+  body = [s for s in main.body if not isinstance(s, ast.Pass) and not (
+      isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+  value = body.pop().value if body and isinstance(body[-1], ast.Return) else None
+  if isinstance(value, ast.Name) and len(body) == 1 and isinstance(body[0], ast.Assign):
+    names = [getattr(target, 'id', None) for target in body[0].targets]
+    value = body.pop().value if names == [value.id] else value
+  if body or not isinstance(value, ast.Call):
+    return False
+  given = [*value.args, *(k.value for k in value.keywords)]
+  return (isinstance(value.func, ast.Name) and value.func.id.startswith('g_')
+          and all(isinstance(a, ast.Name) for a in given))
+
+
+def _names(source: str) -> dict[str, str]:
+  """The names that a text binds at its top level, or imports, and what the latter stand for."""
+  return dict.fromkeys(program.top_level_names(source), '') | program.imported_names(source)
 
 
 def join(source: str, parts: Sequence[Task]) -> str:

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import dataclasses
 import re
 
+from absolute_zero_jax.executor import literals
 from absolute_zero_jax.tasks import composite, identity, probes, program, text
 from absolute_zero_jax.types import Job, Status, Task, Verdict
 
 IDENTITY = 'def f(a):\n    return a'
 HELLO = "'Hello world'"
+_LABELS = ('input', 'output', 'message')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Deduction:
     """The proposal, or the reason why it has no valid form.
 
     The program is the first Python block. The input is the first input block, else the line
-    `# Input: ...`, else a trailing call of f in the program. It must be a list of literals.
+    `# Input: ...`, else a trailing call of f in the program. It must be a list of constants.
     """
     blocks = text.fences(answer)
     found = program.read(blocks, self.rules)
@@ -73,7 +75,7 @@ class Deduction:
       given = found.call or text.labelled_line(answer, 'input')
     if not given:
       return 'no_input'
-    arguments = text.arguments(given)
+    arguments = arguments_of(given)
     if arguments is None:
       return 'input_not_literal'
     arguments = text.positional(found.source, arguments)
@@ -88,7 +90,8 @@ class Deduction:
     if reason:
       return reason
     return program.Proposal(composite.join(found.source, parts), (arguments,),
-                            extra={'composite_functions': [part.program for part in parts]})
+                            extra={'composite_functions': [part.program for part in parts],
+                                   'original_snippet': found.source})
 
   def validation_jobs(self, proposal: program.Proposal) -> list[Job]:
     """One job: run, repeat, and check that the output equals itself; and one of the probes."""
@@ -130,10 +133,26 @@ class Deduction:
     return float(_matches(verdicts) == [True])
 
 
-def answer_text(answer: str, label: str) -> str | None:
-  """What an answer says: last block of that label, `# Label:` line, last block, or all of it.
+def arguments_of(given: str, search: bool = True) -> str | None:
+  """An input's argument list, or None: data as written, other constants as their values.
 
-  Of an answer in words, what stands in the last `label(...)`, in tags, or after `the label is`.
+  Args:
+    search: False refuses comprehensions, with which an answer would look for itself.
+  """
+  found = text.arguments(given)
+  if found is None and (search or not re.search(r'\bfor\b', given)):
+    try:
+      found = literals.parse_inputs(given).text or None      # sorted([3, 1]), 'x'.upper()
+    except literals.LiteralError:
+      pass
+  return found
+
+
+def answer_text(answer: str, label: str) -> str | None:
+  """What an answer says, or None when that is blank.
+
+  The last block of that label, the last `# Label:` line, what stands in words outside blocks (in
+  tags, in `label(...)`, after `the label is`), the last block that may hold it, or all of it.
 
   Source: azr_spec 5.5.
   """
@@ -141,24 +160,26 @@ def answer_text(answer: str, label: str) -> str | None:
   found = text.last(blocks, (label,))
   if found is None:
     found = text.labelled_line(answer, label)
+    if found is None and text.arguments(answer) is None:
+      found = _in_words(text.outside_fences(answer), label)
+    # A full stop at the end is the sentence's: no value is written `5.`.
+    found = found and found.strip().removesuffix('.').strip('`')
   if found is None and blocks:
-    found = blocks[-1].body
-  if found is None and text.arguments(answer) is None:
-    found = _in_words(answer, label)
+    # What another label marks is quoted from the question.
+    found = ([b for b in blocks if b.label not in _LABELS] or blocks)[-1].body
   found = (answer if found is None else found).strip()
   return found or None
 
 
 def _in_words(answer: str, label: str) -> str | None:
   found = text.tagged(answer, label)
-  for pattern in (rf'^[ \t]*{label}\((.*)\)[ \t.]*$', rf'\bthe {label} is[ \t]*:?[ \t]*(\S.*)$',
-                  rf'^[ \t]*{label}[ \t]*:[ \t]*\n(.*)$'):
+  # Possessive, so that no run of blanks is divided in every way.
+  for pattern in (rf'^[ \t]*+{label}\((.*)\)[ \t.]*$',
+                  rf'\bthe {label} is[ \t]*+(?::\s*+|(?!:))(\S.*)$',
+                  rf'^[ \t]*+{label}[ \t]*+:[ \t]*+\n\s*+(\S.*)$'):
     if found is None:
       found = next(reversed(re.findall(pattern, answer, re.I | re.M)), None)
-  if found is None or text.literal(found) is not None:
-    return found
-  # The full stop of a sentence; where the text is a literal, it is the point of a number.
-  return found.strip().removesuffix('.').strip('`')
+  return found
 
 
 def _matches(verdicts: Sequence[Verdict]) -> list[bool]:

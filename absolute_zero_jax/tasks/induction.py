@@ -30,6 +30,7 @@ class Induction:
       on which the program gives nothing counts as wrong.
     source_kinds: kinds whose programs are shown to the proposer.
     max_message_chars: longer messages are refused.
+    quotes_code: allows a message that holds a line of the program.
     min_references: a proposer prompt needs its program.
     timeout_s: wall limit of each job; 0 takes the executor's.
   """
@@ -39,6 +40,7 @@ class Induction:
   score: str = 'binary'
   source_kinds: tuple[str, ...] = ('abduction', 'deduction')
   max_message_chars: int = 2000
+  quotes_code: bool = False
   min_references: int = 1
   timeout_s: float = 0.0
 
@@ -82,10 +84,11 @@ class Induction:
     """Program of the reference, the last `cases` inputs, and the message.
 
     Inputs are input blocks, or else lines of calls of f, one or a list. The message is the
-    first message block, else message tags, else the line `# Message:`. It may not hold the code.
+    first message block, else message tags, else the line `# Message:`. It may not hold the code,
+    but what docstrings and comments say.
     """
     blocks = text.fences(answer)
-    inputs = [text.arguments(b.body) for b in blocks if b.label == 'input']
+    inputs = [deduction.arguments_of(b.body) for b in blocks if b.label == 'input']
     inputs = inputs or [call for line in answer.split('\n') for call in text.calls(line)]
     if inputs and not any(inputs):
       return 'input_not_literal'
@@ -104,7 +107,7 @@ class Induction:
       return 'no_message'
     if len(message) > self.max_message_chars:
       return 'message_too_long'
-    if _tells_code(message, source):
+    if not self.quotes_code and _tells_code(message, source):
       return 'message_tells_code'
     return program.Proposal(source, tuple(inputs[-self.cases:]), message)
 
@@ -169,6 +172,9 @@ def _unlike(inputs: Iterable[str]) -> list[str]:
 
 def _tells_code(message: str, source: str) -> bool:
   """Whether a line of the program's body (of some length) stands in the message."""
-  first, *body = source.splitlines() or ['']
-  body.append(re.sub(r'.*?\)\s*(->[^:]*)?:', '', first, count=1))       # def f(x): return ...
-  return any(len(line.strip()) >= 12 and line.strip() in message for line in body)
+  first, *body = program.without_docstrings(source).splitlines() or ['']
+  head = re.search(r'\)\s*+(->[^:]*+)?:', first)
+  body.append(first[head.end():] if head else first)           # def f(x): return ...
+  lines = (line.strip() for line in body)
+  return any(len(line) >= 12 and not line.startswith('#')
+             and re.search(re.escape(line) + r'(?!\w)', message) for line in lines)

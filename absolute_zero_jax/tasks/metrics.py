@@ -117,9 +117,11 @@ def task_metrics(tasks: Sequence[Task], references: Sequence[Sequence[Task]] = (
       'output_types': float(len(types)),
       'distinct_outputs': distinct_share([o for task in tasks for _, o in task.cases]),
   }
-  pairs = [(task, r) for task, shown in zip(tasks, references) for r in shown]
+  pairs = [(task, r) for task, shown in zip(tasks, references) for r in shown
+           if r.kind != 'composite']
   if pairs:
-    out['reference_distance'] = statistics.fmean(distance(t.program, r.program) for t, r in pairs)
+    out['reference_distance'] = statistics.fmean(
+        distance(t.own_program, r.program) for t, r in pairs)
   return out
 
 

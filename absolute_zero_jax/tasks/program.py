@@ -57,7 +57,8 @@ class Rules:
       statement but imports, functions and classes), 'prints' (calls of print).
     banned_words: refuse imports that name one of these (`AZR_BANNED_WORDS`).
     reject_constant: refuse programs in which `f` never reads a parameter.
-    reject_inner_tests: refuse programs that call `f` with literals outside f, or assert.
+    reject_inner_tests: refuse programs that call `f` with literals outside functions, or assert;
+      a call or an assertion that ends the program is its input instead, and taken off.
   """
   max_chars: int = 8192
   functions: str = 'any'
@@ -121,6 +122,10 @@ def prepare(source: str, rules: Rules) -> Program | str:
   renamed = _rename(source, tree, rules.rename)
   if renamed in ('no_function', 'name_clash'):
     return renamed
+  if renamed != source and not call:           # the call may have been one of the old name
+    renamed, _, call = _take_call(renamed, text.parse(renamed))
+  if rules.reject_inner_tests and _has_inner_test(text.parse(renamed)):
+    return 'inner_test'
   try:
     source = clean(renamed, rules.clean)
   except ValueError:       # an f-string or an integer that Python reads and does not print
@@ -151,6 +156,16 @@ def clean(source: str, steps: Sequence[str]) -> str:
   if 'prints' in steps:
     tree = ast.fix_missing_locations(_NoPrints().visit(tree))
   return ast.unparse(tree)
+
+
+def without_docstrings(source: str) -> str:
+  """The lines of the text that are no docstring's; the text itself where it is no Python."""
+  tree, lines = text.parse(source), source.split('\n')
+  for node in ast.walk(tree) if tree else ():
+    found = _docstring(node)
+    for row in range(found.lineno - 1, found.end_lineno) if found else ():
+      lines[row] = ''
+  return '\n'.join(lines)
 
 
 def main_function(tree: ast.Module) -> ast.FunctionDef | None:
@@ -246,12 +261,15 @@ def _refusal(tree: ast.Module, rules: Rules) -> str:
       names = [a.name for a in node.names] + [getattr(node, 'module', None) or '']
       if words & {part for name in names for part in name.split('.')}:
         return 'banned_word'
-  if rules.reject_inner_tests:
-    if any(isinstance(n, ast.Assert) for n in nodes):
-      return 'inner_test'
-    if any(isinstance(n, ast.stmt) and text.call_arguments(n) for n in tree.body):
-      return 'inner_test'
   return ''
+
+
+def _has_inner_test(tree: ast.Module) -> bool:
+  outside = [n for n in tree.body
+             if not isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+  return (any(isinstance(n, ast.Assert) for n in ast.walk(tree))
+          or any(isinstance(n, ast.Call) and text.call_arguments(ast.Expr(n))
+                 for statement in outside for n in ast.walk(statement)))
 
 
 def _defs(nodes: Sequence[ast.AST]) -> list[ast.FunctionDef]:
@@ -313,6 +331,14 @@ def top_level_names(source: str) -> set[str]:
   return found
 
 
+def imported_names(source: str) -> dict[str, str]:
+  """What each name that an import binds, anywhere, stands for: {'log': 'math.log'}."""
+  tree = text.parse(source)
+  return {(a.asname or a.name).split('.')[0]: f'{getattr(node, "module", "")}.{a.name}'
+          for node in (ast.walk(tree) if tree else ())
+          if isinstance(node, ast.Import | ast.ImportFrom) for a in node.names}
+
+
 def bound_names(tree: ast.AST) -> list[str]:
   """Every name the program binds, in order of appearance, with repetitions."""
   found = []
@@ -340,11 +366,16 @@ def _in_order(node: ast.AST):
 
 def _strip_docstrings(nodes: Sequence[ast.AST]) -> None:
   for node in nodes:
-    body = getattr(node, 'body', None)
-    scopes = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    if isinstance(node, scopes) and body and isinstance(body[0], ast.Expr):
-      if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-        node.body = body[1:] or [ast.Pass()]
+    if _docstring(node):
+      node.body = node.body[1:] or [ast.Pass()]
+
+
+def _docstring(node: ast.AST) -> ast.Expr | None:
+  scopes = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+  first = node.body[0] if isinstance(node, scopes) and node.body else None
+  if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+    return first if isinstance(first.value.value, str) else None
+  return None
 
 
 class _NoPrints(ast.NodeTransformer):

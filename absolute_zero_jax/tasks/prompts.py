@@ -345,7 +345,9 @@ def task_fields(task: Task) -> dict[str, str]:
 
 def _tagged_answer(response: str, rule: str) -> tuple[bool, str]:
   if rule == 'azr':
-    return text.is_well_formed_azr(response), (text.tagged(response, 'answer') or '').strip()
+    _, opened, rest = response.rpartition(text.ANSWER_OPEN)
+    answer = rest.partition(text.ANSWER_CLOSE)[0] if opened else ''
+    return text.is_well_formed_azr(response), answer.strip()
   answer = text.think_answer(response)
   return answer is not None, answer or ''
 

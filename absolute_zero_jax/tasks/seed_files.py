@@ -50,6 +50,8 @@ def kinds_of(proposal: program.Proposal) -> tuple[str, ...]:
 
 
 def _read_input(source: str, given: str) -> str:
+  if given.lstrip().startswith('f('):        # the reference calls f(<input>), so this is f(f(..))
+    return given
   arguments = text.arguments(given)
   return (arguments and text.positional(source, arguments)) or given
 
@@ -72,7 +74,7 @@ def write(path: epath.PathLike, tasks: Sequence[Task]) -> None:
 
 def _pair(task: Task) -> dict:
   return {'snippet': task.program, 'input': task.input, 'output': task.output,
-          'imports': program.imports(task.program), 'original_snippet': task.program,
+          'imports': program.imports(task.program), 'original_snippet': task.own_program,
           'composite_functions': list(task.extra.get('composite_functions', ()))}
 
 
