@@ -45,7 +45,8 @@ def get_config() -> ConfigDict:
   # (TPU).
   c.model.attention = 'xla'
 
-  # Who plays which part: 'policy' (trained) or 'base' (the weights at the start, frozen).
+  # Who proposes: 'policy' (trained) or 'base' (the weights at the start, frozen). The solver is the
+  # policy.
   c.roles = ConfigDict()
   c.roles.propose = 'policy'
   c.roles.solve = 'policy'
@@ -117,12 +118,14 @@ def get_config() -> ConfigDict:
   c.selfplay.keep = 'all'
   # A proposal equal to a known task is refused (status 'duplicate').
   c.selfplay.refuse_duplicates = True
-  # How many valid proposals of a kind and an iteration may be the same program up to its constants;
-  # more are refused (status 'alike'). 0 = any number. Not for kinds that need references.
+  # How many valid proposals of a kind and a play (see `updates`) may be the same program up to its
+  # constants; more are refused (status 'alike'). 0 = any number. Not for kinds that need
+  # references.
   c.selfplay.max_alike = 0
   # Changed inputs that a proposal also runs on in its validation, to find out whether its output
-  # depends on the input (metric `propose/independent_share`); 0 = not tested. And whether one whose
-  # output does not is refused (status 'independent'); off in the presets, on in configs/tiny.py.
+  # depends on the input (metric `propose/independent_share`); 0 = not tested. (Inductions have
+  # inputs enough, errors are not tested.) And whether one whose output does not is refused (status
+  # 'independent'); off in the presets, on in configs/tiny.py.
   c.selfplay.probes = 3
   c.selfplay.refuse_independent = False
   # Tasks that are refused (status 'excluded'): '', 'heldout' (programs of the test side of
@@ -203,7 +206,7 @@ def get_config() -> ConfigDict:
   c.reward.combine = 'sum'
 
   c.algorithm = ConfigDict()
-  # A key of `reinforce.ALGORITHMS` or 'module:name'. All but 'trr_plus_plus' and
+  # A key of `reinforce.ALGORITHMS` or 'module:name'. All but 'trr_plus_plus', 'trr_prompt' and
   # 'reinforce_plus_plus' compare the answers to one prompt: solvers need several (selfplay.mc_use
   # or solve_samples), and proposers an estimator of their own.
   c.algorithm.name = 'trr_plus_plus'

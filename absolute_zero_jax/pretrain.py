@@ -4,9 +4,9 @@
   documents (a thread writes ahead) --Rows--> [jit] next-token loss -> optimizer --> export/
       ^---- guesses_STEP.jsonl <-- executor <-- sampler, after each of `pretrain.guess_steps`
 
-A batch depends on the seed and the number of its step alone, so a killed run goes on from its
-newest checkpoint with the very numbers it would have had. A finished run continues with a larger
-`train.steps`; the learning rate then follows the schedule of the new length.
+A batch depends on the seed, the number of its step and the guesses alone, so a killed run goes on
+from its newest checkpoint with the very numbers it would have had. A finished run continues with a
+larger `train.steps`; the learning rate then follows the schedule of the new length.
 """
 
 from collections.abc import Callable, Iterator, Sequence

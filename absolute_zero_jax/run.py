@@ -167,10 +167,11 @@ class Run:
   def iterate(self, on_proposal: Callable[[selfplay.Attempt], None] = lambda a: None) -> Iteration:
     """Plays one iteration and updates the policy; adds the valid proposals to the buffer.
 
-    With `selfplay.updates` above 1 it plays and updates so often before it draws from what it has
-    added. A play without a row to learn from (say, no task yet and no proposer to train) leaves the
-    policy as it is and counts in the metric 'train/updates_without_rows'. With
-    `train.off_policy_steps` the update is that of the play before, see `_Behind`.
+    With `selfplay.updates` above 1 it plays and updates so often; all plays draw references and
+    lagged tasks from the buffer as it was at the start. A play without a row to learn from (say, no
+    task yet and no proposer to train) leaves the policy as it is and counts in the metric
+    'train/updates_without_rows'. With `train.off_policy_steps` the update is that of the play
+    before, see `_Behind`.
     """
     step, rounds = self.step + 1, self.c.selfplay.updates
     self._calls = 0

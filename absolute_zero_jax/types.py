@@ -97,7 +97,8 @@ class Job:
     expected: canonical values as text, one per input, or () for none. An exception's name where
       `expect_error`.
     expect_error: the outcome is the exception's class name, or 'NoError' (the error kind).
-    timeout_s: wall limit per process; 0 takes the executor's default for the op.
+    timeout_s: limit of processor time per process, see docs/executor.md; 0 takes the executor's
+      default for the op.
   """
   op: str
   program: str = ''

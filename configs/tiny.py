@@ -4,7 +4,7 @@
 python -m absolute_zero_jax.main --config configs/tiny.py --workdir runs/tiny
 
 Hardware: 2 CPU cores; ends after 9 minutes, or little more. `:long` behind the file's name is the
-long run, with less noise in each update: 75 iterations, half an hour. A control:
+long run, with less noise in each update: 75 iterations, 22 minutes. A control:
 configs/tiny.py:control=NAME. What came out is in docs/learning.md.
 """
 

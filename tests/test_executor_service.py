@@ -329,7 +329,7 @@ def test_what_one_input_leaves_for_the_next_is_no_task(executor):
 def test_a_program_meets_no_hash_seed_that_its_validation_has_not_seen():
   program = 'def f(x):\n  s = 0\n  for i in range(100000): s += i\n  return hash("w"), x - x'
   with Executor(workers=4) as started:
-    verdicts = started.run([Job('run', program, (str(i),)) for i in range(60)])
+    verdicts = started.run([Job('run', f'{program}# {i}', ('1',)) for i in range(60)])
   assert len({v.runs[0].output for v in verdicts}) == 2
 
 

@@ -53,6 +53,23 @@ def test_validation_is_two_calls_in_one_process_and_one_in_another():
   ]
 
 
+@pytest.mark.parametrize('source, given, pinned', [
+  ('def f(x):\n  return "".join(set(x))', "'ab'", True),
+  ('def f(x):\n  return hash(x)', '1', True),
+  ('def f(x):\n  return [*{x, "b"}]', '1', True),
+  (_F, "{'a', 'b'}", True),
+  (_F, "{'a': 1}", False),
+])
+def test_an_answer_that_the_hash_seed_may_decide_runs_under_one(source, given, pinned):
+  groups = set()
+  for n in range(12):
+    text = f'{source}# {n}'
+    one, other = (_trial(Job('run', text, (given,))).take()[0].group for _ in range(2))
+    assert one == other
+    groups.add(one)
+  assert groups == ({'a', 'b'} if pinned else {''})
+
+
 @pytest.mark.parametrize(
   'first, second',
   [

@@ -166,5 +166,8 @@ def test_a_server_in_trouble_is_asked_again_and_then_reported(server, fusion):
 
 
 def test_what_is_no_address_is_refused():
+  for option in ({'modules': 'math'}, {'memory_mb': -5}, {'score_timeout_s': -1.0}):
+    with pytest.raises(ValueError, match=next(iter(option))):
+      room.start('sandboxfusion', url='http://localhost:1', **option)
   with pytest.raises(ValueError, match='http'):
     room.start('sandboxfusion', url='localhost:8080')

@@ -15,8 +15,8 @@ from absolute_zero_jax.types import Job, Status
 _LEVELS = {
     'full': 'system call filter, limits, Landlock, and another user or namespaces',
     'standard': 'system call filter and limits; Landlock, other user or namespaces are missing',
-    'weak': 'no system call filter: a program can do whatever this user can'}
-# name, op, program, inputs, expected, status
+    'weak': 'no system call filter, or limits missing: a program can do whatever this user can'}
+# name, op, program, inputs, status
 _PROGRAMS = (
     ('a function', 'validate', 'def f(x):\n  return [x, x * 2]', ('3',), Status.OK),
     ('an exception', 'validate', 'def f(x):\n  return 1 / x', ('0',), Status.ERROR),

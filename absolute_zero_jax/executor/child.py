@@ -155,7 +155,8 @@ def run(program: bytes | str, inputs: list[bytes], repeat: int, expect_error: bo
         _loads=marshal.loads) -> None:
   """Runs `f` on each input `repeat` times; `send` gets one list of outcomes per input.
 
-  Where an input runs once, the program is loaded anew for each, so that it cannot count them.
+  Where an input runs once, the program is loaded anew for each, so that none finds in it what
+  another input left.
   """
   try:
     if type(program) is bytes:

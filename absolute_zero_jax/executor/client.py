@@ -69,7 +69,10 @@ class Executor:
                cache_size: int = 8192, max_pending: int = 16384, max_pending_mb: int = 256,
                nice: int = 10, cores: Sequence[int] = (), per_worker: int = 1,
                recycle_forks: int = 20000):
-    _check_options(locals())
+    check_options(locals())
+    if workers % 2:
+      raise ValueError(f'workers={workers} must be even: half of them has another hash seed; try '
+                       f'{workers + 1}.')
     workers = workers or auto_workers()
     modules = sorted(_MODULES if modules is None else modules)
     rules = {'equality': equality, 'enforce_policy': policy, 'modules': modules,
@@ -139,14 +142,15 @@ _MODULES = policy.MODULES
 _WITHOUT_POLICY = ('_strptime', 'ast', 'calendar', 'datetime', 'io', 'locale', 'random', 'time')
 
 
-def _check_options(o: dict) -> None:
+def check_options(o: dict) -> None:
+  """Raises ValueError for the first option that cannot work; an executor need not have all."""
   values.equal(None, None, o['equality'])
   if o['min_isolation'] not in fence.LEVELS:
     raise ValueError(f'min_isolation={o["min_isolation"]!r} must be one of {list(fence.LEVELS)}.')
   for name in ('modules', 'layers'):
-    if isinstance(o[name], str):
+    if isinstance(o.get(name), str):
       raise ValueError(f'{name}={o[name]!r} must be a tuple of names, such as {(o[name],)}.')
-  unknown = set(o['layers']) - set(_LAYERS)
+  unknown = set(o.get('layers', ())) - set(_LAYERS)
   if unknown:
     raise ValueError(f'layers={sorted(unknown)} are unknown; there are {list(_LAYERS)}.')
   unknown = set(o['modules'] or ()) - set(sys.stdlib_module_names)
@@ -154,21 +158,18 @@ def _check_options(o: dict) -> None:
     raise ValueError(f'modules={sorted(unknown)} are none of the standard library, which is all '
                      'that programs may import.')
   cores = range(os.cpu_count() or 1)
-  if not set(o['cores']) <= set(cores):
+  if not set(o.get('cores', ())) <= set(cores):
     raise ValueError(f'cores={list(o["cores"])} must be numbers of this machine\'s, 0 to '
                      f'{len(cores) - 1}.')
   bounds = {'workers': (0, 1024), 'memory_mb': (64, 1 << 20), 'cache_size': (0, 1 << 24),
             'max_pending': (1, 1 << 24), 'max_pending_mb': (1, 1 << 16), 'nice': (0, 19),
             'per_worker': (1, 8), 'recycle_forks': (1, 1 << 30),
             'validate_timeout_s': (0.01, MAX_TIMEOUT_S), 'score_timeout_s': (0.01, MAX_TIMEOUT_S)}
-  for name, (low, high) in bounds.items():
+  for name, (low, high) in ((n, bound) for n, bound in bounds.items() if n in o):
     kind = (int, float) if name.endswith('_s') else int
     if not isinstance(o[name], kind) or not low <= o[name] <= high:
       raise ValueError(f'{name}={o[name]!r} must be {"a number" if "_s" in name else "an integer"} '
                        f'in [{low}, {high}].')
-  if o['workers'] % 2:
-    raise ValueError(f'workers={o["workers"]} must be even: half of them has another hash seed; '
-                     f'try {o["workers"] + 1}.')
 
 
 def checked(job: Job) -> Job:

@@ -59,8 +59,8 @@ def parse_inputs(text: str, calls: dict[str, Any] | None = None) -> Inputs:
   """The argument list that `f(<text>)` would receive.
 
   The text must be exactly the arguments of one call, so `1) or (True` and a second line of code are
-  refused; so are `*`, `**`, lambdas, names and comprehensions. Line breaks and comments inside the
-  list do not matter. An empty text is a call without arguments.
+  refused; so are `*`, `**`, lambdas and names, but for `nan` and `inf` and those of comprehensions.
+  Line breaks and comments inside the list do not matter. An empty text is a call without arguments.
 
   Args:
     calls: results of `f` by canonical arguments. Proposers often write `f([1, 2])` for the input;

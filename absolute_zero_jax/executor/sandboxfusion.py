@@ -103,7 +103,7 @@ class SandboxFusion:
                min_isolation: str = 'standard'):
     if not url.startswith(('http://', 'https://')):
       raise ValueError(f"url={url!r} must be an http(s) address, e.g. 'http://localhost:8080'.")
-    values.equal(None, None, equality)
+    client.check_options(locals())
     # About the programs that are parsed here, for which the user can do nothing.
     warnings.filterwarnings('ignore', category=SyntaxWarning, module='<unknown>')
     self._url, self._memory_mb = url.rstrip('/') + '/run_code', memory_mb

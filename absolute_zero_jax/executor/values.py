@@ -279,8 +279,6 @@ def _loosen(v: Any) -> Any:
     v, t = v.real, float
   if t is bool or (t is float and v.is_integer()):
     return int(v)
-  if t is complex:
-    return complex(v.real + 0.0 if v.real else 0.0, v.imag)
   if t is list or t is tuple:
     return t(_loosen(e) for e in v)
   if t is set or t is frozenset:

@@ -20,8 +20,10 @@ from collections import OrderedDict
 import dataclasses
 import functools
 import hashlib
+import re
 import traceback
 from typing import Any
+import zlib
 
 from absolute_zero_jax.executor import compare, literals, policy, reports, values
 from absolute_zero_jax.types import Job, Run, Status, Verdict
@@ -30,6 +32,9 @@ MAX_CALLS = 64              # inputs in one process
 _MAX_NESTED = 4             # calls of f in one input
 _MAX_DEATHS = 3             # processes of one job that may die before the rest is given up
 _FORGOTTEN = object()
+# Texts whose result the hash seed may decide: sets, written as `{1}` too, and hashes.
+_HASHED = re.compile(r'\b(?:set|frozenset|hash|id)\b|\{[^:{}]*(?:[,}]| for )')
+
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
@@ -114,7 +119,16 @@ class Trial:
       return
     if self._job.op == 'run':
       self._look_up()
-    self._schedule('a' if self._job.op == 'validate' else '', self._open_places())
+    self._schedule('a' if self._job.op == 'validate' else self._group(), self._open_places())
+
+  def _group(self) -> str:
+    """The processes that score: any, or those of one hash seed where it may decide the result.
+
+    By the program, so that one answer always earns the same.
+    """
+    if not any(_HASHED.search(text) for text in (self._program, *self._inputs)):
+      return ''
+    return 'ab'[zlib.crc32(self._program.encode('utf-8', 'surrogatepass')) % 2]
 
   def _needs_call(self, i: int) -> bool:
     try:
@@ -176,10 +190,10 @@ class Trial:
     return [i for i, outcome in enumerate(self._outcomes) if outcome is None]
 
   def _schedule(self, group: str, places: list[int]) -> None:
-    repeat = 2 if group == 'a' else 1
+    repeat = 2 if group == 'a' and self._job.op == 'validate' else 1
     for start in range(0, len(places), MAX_CALLS // repeat):
       part = places[start:start + MAX_CALLS // repeat]
-      given = part[:1] if self._is_alone(group) else part
+      given = part[:1] if self._is_alone() else part
       unit = reports.Unit(self._program, tuple(self._inputs[i] for i in given), repeat,
                   self._job.expect_error and group != 'nested', group, self._limit_s())
       self._units.append(unit)
@@ -187,9 +201,9 @@ class Trial:
       self._places.setdefault(unit, []).append(part)
     self._finish_if_done()
 
-  def _is_alone(self, group: str) -> bool:
+  def _is_alone(self) -> bool:
     """Whether each input gets a process; one after another, so that a job keeps to few."""
-    return group == '' and policy.may_keep_state(self._program)
+    return self._job.op == 'run' and policy.may_keep_state(self._program)
 
   def feed(self, unit: reports.Unit, report: reports.Report) -> None:
     """Takes the report of a unit that `take` returned."""
@@ -218,7 +232,7 @@ class Trial:
     for i, frame in zip(part, frames):
       self._settle(i, unit, frame.outcomes)
     rest = part[len(frames):]
-    if rest and frames and self._is_alone(unit.group):
+    if rest and frames and self._is_alone():
       self._schedule(unit.group, rest)
     elif rest:
       self._go_on(unit, rest, report, len(frames))
@@ -254,7 +268,7 @@ class Trial:
         self._outcomes[i] = reports.Outcome(Status.REJECTED,
                                             error=f'input: f(..) gave {first.error}')
       return
-    if unit.group == 'b':
+    if self._second_look:
       earlier = self._outcomes[i]
       if not _same(earlier, first) and first.status not in (Status.TIMEOUT, Status.MEMORY):
         first = reports.Outcome(Status.NONDETERMINISTIC, error='two processes differ')

@@ -28,7 +28,7 @@ class Deduction:
     composites: when a proposal must build on functions of earlier tasks; by default never.
     probes: changed inputs that a proposal also runs on, to find out whether its output depends on
       the input; what becomes of them does not make it invalid.
-    timeout_s: wall limit of each job; 0 takes the executor's.
+    timeout_s: limit of processor time of each process; 0 takes the executor's.
   """
   name: str = 'deduction'
   rules: program.Rules = program.Rules()
@@ -63,8 +63,9 @@ class Deduction:
   def parse_proposal(self, answer: str, references: Sequence[Task]) -> program.Proposal | str:
     """The proposal, or the reason why it has no valid form.
 
-    The program is the first Python block. The input is the first input block, else the line
-    `# Input: ...`, else a trailing call of f in the program. It must be a list of constants.
+    The program is the first Python block (or the last, see `program.Rules.fence`). The input is the
+    first input block, else a trailing call of f in the program, else the line `# Input: ...`. It
+    must be a list of constants.
     """
     blocks = text.fences(answer)
     found = program.read(blocks, self.rules)
@@ -152,7 +153,7 @@ def answer_text(answer: str, label: str) -> str | None:
   """What an answer says, or None when that is blank.
 
   The last block of that label, the last `# Label:` line, what stands in words outside blocks (in
-  tags, in `label(...)`, after `the label is`), the last block that may hold it, or all of it.
+  `label(...)`, in tags, after `the label is`), the last block that may hold it, or all of it.
 
   Source: azr_spec 5.5.
   """
@@ -172,14 +173,14 @@ def answer_text(answer: str, label: str) -> str | None:
 
 
 def _in_words(answer: str, label: str) -> str | None:
-  found = text.tagged(answer, label)
+  def last(pattern):
+    return next(reversed(re.findall(pattern, answer, re.I | re.M)), None)
   # Possessive, so that no run of blanks is divided in every way.
-  for pattern in (rf'^[ \t]*+{label}\((.*)\)[ \t.]*$',
-                  rf'\bthe {label} is[ \t]*+(?::\s*+|(?!:))(\S.*)$',
-                  rf'^[ \t]*+{label}[ \t]*+:[ \t]*+\n\s*+(\S.*)$'):
-    if found is None:
-      found = next(reversed(re.findall(pattern, answer, re.I | re.M)), None)
-  return found
+  ways = (lambda: last(rf'^[ \t]*+{label}\((.*)\)[ \t.]*$'),
+          lambda: text.tagged(answer, label),
+          lambda: last(rf'\bthe {label} is[ \t]*+(?::\s*+|(?!:))(\S.*)$'),
+          lambda: last(rf'^[ \t]*+{label}[ \t]*+:[ \t]*+\n\s*+(\S.*)$'))
+  return next((found for found in (way() for way in ways) if found is not None), None)
 
 
 def _matches(verdicts: Sequence[Verdict]) -> list[bool]:

@@ -8,12 +8,17 @@ import hashlib
 
 from absolute_zero_jax.tasks import program, text
 
+# Attributes by which names, docstrings or annotations decide what a program gives.
+_TELLING = ('__name__', '__qualname__', '__doc__', '__annotations__', 'register')
+
 
 def key(kind: str, source: str, inputs: Sequence[str] = ()) -> str:
   """Hash of a task; equal keys are duplicates.
 
   Formatting, comments, docstrings, annotations, statements that are never reached or do nothing,
-  and names that the program binds do not count: those are replaced by their order of appearance.
+  and names that the program binds do not count: those are replaced by their order of appearance in
+  the whole program, so that it counts which scopes share one. Names that a program may show, those
+  of classes and of what is in them, are left alone, and all where it reads `__name__` or the like.
   Text that is no Python is hashed as it stands.
   """
   tree = text.parse(source)
@@ -38,11 +43,16 @@ def has_unreachable(source: str) -> bool:
 
 
 def _canonical(tree: ast.Module) -> str:
+  if any(isinstance(node, ast.Attribute) and node.attr in _TELLING for node in ast.walk(tree)):
+    return _dump(tree)
   _drop_idle(tree)
   tree = _Plain().visit(tree)
   nodes = list(ast.walk(tree))
   # Left alone: f, and names that are also reached by their text: as attribute or keyword.
-  fixed, has_class = {'f'}, any(isinstance(node, ast.ClassDef) for node in nodes)
+  classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+  fixed, has_class = {'f'}, bool(classes)
+  for node in classes:
+    fixed |= {node.name} | program.block_names(node.body)
   imported = {(node.asname or node.name).split('.')[0] for node in nodes
               if isinstance(node, ast.alias)}
   for node in nodes:
@@ -155,6 +165,7 @@ def _drop_idle(tree: ast.AST) -> bool:
       end = next((i for i, statement in enumerate(block, 1) if _leaves(statement)), len(block))
       unreachable |= end < len(block)
       kept = [statement for statement in block[:end] if not _is_idle(statement)]
+      kept += filter(_makes_generator, block[end:])
       setattr(node, field, kept if kept or field != 'body' else [ast.Pass()])
   return unreachable
 
@@ -162,6 +173,10 @@ def _drop_idle(tree: ast.AST) -> bool:
 def _is_idle(statement: ast.stmt) -> bool:
   return isinstance(statement, ast.Pass) or (
       isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+
+
+def _makes_generator(statement: ast.stmt) -> bool:
+  return any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(statement))
 
 
 def _leaves(statement: ast.stmt) -> bool:

@@ -32,7 +32,7 @@ class Induction:
     max_message_chars: longer messages are refused.
     quotes_code: allows a message that holds a line of the program.
     min_references: a proposer prompt needs its program.
-    timeout_s: wall limit of each job; 0 takes the executor's.
+    timeout_s: limit of processor time of each process; 0 takes the executor's.
   """
   name: str = 'induction'
   cases: int = 10

@@ -322,8 +322,13 @@ def _renamed(source: str, tree: ast.Module, main: ast.FunctionDef, name: str) ->
 def top_level_names(source: str) -> set[str]:
   """Names that the text binds at its top level, imports aside; empty for no Python."""
   tree = text.parse(source)
+  return block_names(tree.body) if tree else set()
+
+
+def block_names(statements: Sequence[ast.stmt]) -> set[str]:
+  """Names that the statements of a module or class bind there, imports aside."""
   found: set[str] = set()
-  for node in tree.body if tree else ():
+  for node in statements:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
       found.add(node.name)
     elif not isinstance(node, ast.Import | ast.ImportFrom):
