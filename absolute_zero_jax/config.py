@@ -106,7 +106,8 @@ def get_config() -> ConfigDict:
   # Answers to each task that is drawn; more than one give the solver's prompt baselines a group.
   c.selfplay.solve_samples = 1
   # Plays and updates per iteration; all of them draw references and lagged tasks from the buffer as
-  # it stood when the iteration began (the reference's update_iteration).
+  # it stood when the iteration began (the reference's update_iteration), each anew, so that two may
+  # draw the same task.
   c.selfplay.updates = 1
   # Above 0, answers to early proposals decode beside late proposals, in one call of the sampler: a
   # proposal's verdict is waited for after so many looks of the sampler (`sampler.chunk` steps each)
