@@ -135,6 +135,12 @@ REFUSED = [                              # change of a good config, field and va
     ({'num_key_value_heads': 5}, 'kv_heads', '5'),
     ({'head_dim': 7}, 'head_dim', '7'),
     ({'rms_norm_eps': 0.0}, 'norm_eps', '0.0'),
+    ({'rms_norm_eps': float('inf')}, 'rms_norm_eps', 'inf'),
+    ({'rope_theta': 10**400}, 'rope_theta', '1000'),
+    ({'rope_scaling': {'type': 'linear', 'factor': float('inf')}}, 'factor', 'inf'),
+    ({'model_type': ['llama']}, 'model_type', "['llama']"),
+    ({'architectures': 5}, 'architectures', '5'),
+    ({'model_type': None, 'architectures': [['x']]}, 'architectures', "[['x']]"),
     ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types', 'sliding'),
 ]
 
@@ -149,6 +155,8 @@ def test_what_is_not_implemented_is_refused_by_name(change, field, value):
 
 def test_a_sliding_window_in_use_is_refused():
   used = QWEN25_CODER_3B | {'use_sliding_window': True}
+  with pytest.raises(ValueError, match="max_window_layers='x'"):
+    ModelConfig.from_hf(used | {'max_window_layers': 'x'})
   assert ModelConfig.from_hf(used) == ModelConfig.from_hf(QWEN25_CODER_3B)   # from layer 36 of 36
   with pytest.raises(ValueError, match='sliding_window=32768'):
     ModelConfig.from_hf(used | {'max_window_layers': 28})

@@ -130,6 +130,14 @@ def test_llama3_divisors_are_recognised(tmp_path):
     gguf.load(path)
 
 
+def test_linear_scaling_with_divisors_is_refused(tmp_path):
+  config, tensors = make('random:llama')
+  path = write(tmp_path / 'm.gguf', config, tensors | {'rope_freqs.weight': np.ones(8, np.float32)},
+               extra={'llama.rope.scaling.type': 'linear', 'llama.rope.scaling.factor': 4.0})
+  with pytest.raises(ValueError, match='linear scaling together with rope_freqs.weight'):
+    gguf.load(path)
+
+
 def test_linear_scaling(tmp_path):
   config, tensors = make('random:llama')
   path = write(tmp_path / 'm.gguf', config, tensors,
@@ -216,6 +224,12 @@ REFUSED = [
     (dict(extra={'split.count': 3}), 'one of 3 parts'),
     (dict(architecture='gemma2'), "architecture='gemma2'.*allowed: llama, qwen2, qwen3"),
     (dict(skip=['block_count']), 'llama.block_count=None'),
+    (dict(extra={'split.count': 'none'}), 'one of none parts'),
+    (dict(extra={'general.alignment': 0.0}), 'general.alignment=0.0; allowed: a positive integer'),
+    (dict(extra={'general.alignment': 0}), 'general.alignment=0; allowed: a positive integer'),
+    (dict(skip=['block_count'], extra={'llama.block_count': 'x'}), "llama.block_count='x'"),
+    (dict(skip=['embedding_length'], extra={'llama.embedding_length': 'x'}), 'embedding_length='),
+    (dict(extra={'llama.rope.scaling.factor': float('inf')}), 'factor=inf'),
     (dict(skip=['rope.dimension_count'], extra={'llama.rope.dimension_count': 8}),
      'rope.dimension_count=8'),
 ]

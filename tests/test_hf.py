@@ -88,6 +88,18 @@ def test_shards_with_an_index(tmp_path):
   assert_equal_trees(hf.load(tmp_path / 'out')[1], params)
 
 
+def test_shards_may_lie_in_a_folder_below(tmp_path):
+  config, params = make()
+  hf.save(config, params, tmp_path / 'out', shard_bytes=100_000)
+  (tmp_path / 'out' / 'parts').mkdir()
+  for file in (tmp_path / 'out').glob('*.safetensors'):
+    file.rename(file.parent / 'parts' / file.name)
+  index = tmp_path / 'out' / 'model.safetensors.index.json'
+  where = json.loads(index.read_text())['weight_map']
+  index.write_text(json.dumps({'weight_map': {name: f'parts/{f}' for name, f in where.items()}}))
+  assert_equal_trees(hf.load(tmp_path / 'out')[1], params)
+
+
 def test_a_single_file_counts_where_the_shards_of_an_index_are_gone(tmp_path):
   """As transformers leaves it that saves a small model over a large one."""
   config, params = make()
@@ -178,6 +190,13 @@ def test_generation_config_and_tokenizer_files(tmp_path):
 def test_config_json_gives_the_stop_id_where_no_generation_config_is(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps({'bos_token_id': 1, 'eos_token_id': 2}))
   assert loading.generation_config(tmp_path) == {'bos_token_id': 1, 'eos_token_id': [2]}
+
+
+@pytest.mark.parametrize('ends', ['2', True, 2.0, [1, 'x'], {'a': 1}, -1])
+def test_ends_that_are_no_ids_are_refused(tmp_path, ends):
+  (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': ends}))
+  with pytest.raises(ValueError, match=f'{tmp_path}: eos_token_id=.* integers of at least 0'):
+    loading.generation_config(tmp_path)
 
 
 def test_special_ids_of_nothing_are_refused(tmp_path):

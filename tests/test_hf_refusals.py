@@ -95,11 +95,37 @@ def test_an_index_may_name_a_tensor_that_is_nowhere_and_not_needed(many):
   hf.load(many)
 
 
-@pytest.mark.parametrize('text', ['', '{', '[]', '{}', '{"weight_map": 3}'])
+@pytest.mark.parametrize('text', ['', '{', '[]', '{}', '{"weight_map": 3}',
+                                  '{"weight_map": {"t": 1}}'])
 def test_a_damaged_index(many, text):
   (many / 'model.safetensors.index.json').write_text(text)
   with pytest.raises(ValueError, match='index.json is damaged'):
     hf.load(many)
+
+
+def test_an_index_that_names_a_directory(many):
+  (many / 'model.safetensors.index.json').write_text('{"weight_map": {"t": ""}}')
+  with pytest.raises(ValueError, match="lacks the weight files ''"):
+    hf.load(many)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'a': {'data_offsets': [-16, 0]}}, "'a' is damaged.*at least 0"),
+    ({'a': {'shape': [-2, -2]}}, "'a' is damaged.*at least 0"),
+    ({'a': {'shape': [4.0]}}, "'a' is damaged.*at least 0"),
+    ({'b': {'data_offsets': [8, 24]}}, "'b' starts at byte 8, the one before it ends at 16"),
+    ({'b': {'data_offsets': [17, 33]}}, "'b' starts at byte 17"),
+    ({'a': {'data_offsets': [16, 32]}, 'b': {'data_offsets': [32, 48]}}, "'a' starts at byte 16")])
+def test_tensors_lie_one_behind_the_other(tmp_path, change, message):
+  file = tmp_path / 'model.safetensors'
+  tensor_files.write(file, {'a': (4,), 'b': (4,)}, np.dtype(np.float32), [np.ones(4)] * 2)
+  length = int.from_bytes(file.read_bytes()[:8], 'little')
+  header = json.loads(file.read_bytes()[8:8 + length])
+  head = json.dumps({name: entry | change.get(name, {}) for name, entry in header.items()}).encode()
+  file.write_bytes(len(head).to_bytes(8, 'little') + head + bytes(64))
+  with pytest.raises(ValueError, match=message) as error:
+    tensor_files.entries(file)
+  assert str(file) in one_paragraph(error)
 
 
 def test_noise_and_lfs_pointers_are_no_safetensors(one):
@@ -185,6 +211,14 @@ def test_parameters_of_another_config_are_refused(exported, tmp_path):
   with pytest.raises(ValueError, match='no Hugging Face form'):
     hf.save(ModelConfig(**vars(config) | {'family': 'llama'}), params, tmp_path / 'out')
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('field', ['llama,qkv_bias=true', 'llama,qk_norm=true', 'qwen2,qk_norm=1',
+                                   'qwen2,qkv_bias=false', 'qwen3,qk_norm=false'])
+def test_what_could_never_be_exported_is_refused_at_once(field):
+  with pytest.raises(ValueError, match='q.*_.* of (llama|qwen2|qwen3) is .*; leave it out'):
+    loading.random_config(f'random:{field}')
+  assert loading.random_config('random:qwen2,qkv_bias=true').qkv_bias
 
 
 def test_a_full_disk_keeps_the_earlier_export(exported, tmp_path, monkeypatch):

@@ -10,8 +10,10 @@ the decoder does not implement is refused here, by name, and not met later as wr
 from collections.abc import Mapping
 import dataclasses
 import json
+import math
 import os
 import pathlib
+import sys
 from typing import Any
 
 ARCHITECTURES = {'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
@@ -38,8 +40,8 @@ class RopeScaling:
   def __post_init__(self):
     if self.kind not in ROPE_KINDS[1:]:
       raise _refusal('rope_scaling.kind', self.kind, ROPE_KINDS[1:])
-    if not self.factor >= 1:
-      raise _refusal('rope_scaling.factor', self.factor, 'a number of at least 1')
+    if not 1 <= self.factor < math.inf:
+      raise _refusal('rope_scaling.factor', self.factor, 'a finite number of at least 1')
     if self.kind == 'llama3':
       if not 0 < self.low_freq_factor < self.high_freq_factor:
         raise _refusal('rope_scaling.low_freq_factor', self.low_freq_factor,
@@ -91,10 +93,9 @@ class ModelConfig:
                      'demands of this family (not of qwen2 and qwen3)')
     if self.head_dim % 2:
       raise _refusal('head_dim', self.head_dim, 'an even integer (RoPE rotates pairs)')
-    if not self.rope_theta > 0:
-      raise _refusal('rope_theta', self.rope_theta, 'a positive number')
-    if not self.norm_eps > 0:
-      raise _refusal('norm_eps', self.norm_eps, 'a positive number')
+    for name in ('rope_theta', 'norm_eps'):
+      if not 0 < getattr(self, name) < math.inf:
+        raise _refusal(name, getattr(self, name), 'a positive finite number')
 
   @staticmethod
   def from_hf(source: Mapping[str, Any] | str | os.PathLike) -> 'ModelConfig':
@@ -171,12 +172,12 @@ def _flag(hf: Mapping[str, Any], name: str) -> bool:
 
 
 def _family(hf: Mapping[str, Any]) -> str:
-  architectures = hf.get('architectures') or []
+  architectures = _words(hf, 'architectures')
   family = hf.get('model_type')
   if family is None:
     known = {v: k for k, v in ARCHITECTURES.items()}
     family = next((known[a] for a in architectures if a in known), None)
-  if family not in ARCHITECTURES:
+  if not isinstance(family, str) or family not in ARCHITECTURES:
     what = 'model_type' if hf.get('model_type') else 'architectures'
     raise _refusal(what, hf.get(what), ARCHITECTURES if what == 'model_type' else
                    ARCHITECTURES.values())
@@ -199,9 +200,7 @@ def _refuse_unsupported(hf: Mapping[str, Any], family: str) -> None:
   for field in ('num_experts', 'num_local_experts'):
     if hf.get(field):
       raise _refusal(field, hf[field], 'none (no mixture of experts)')
-  kinds = hf.get('layer_types') or []
-  if not isinstance(kinds, list | tuple) or not all(isinstance(kind, str) for kind in kinds):
-    raise _refusal('layer_types', kinds, 'a list of names')
+  kinds = _words(hf, 'layer_types')
   if any(kind != 'full_attention' for kind in kinds):
     raise _refusal('layer_types', sorted(set(kinds)), ['full_attention'])
   if not kinds and _slides(hf, family):
@@ -214,8 +213,9 @@ def _slides(hf: Mapping[str, Any], family: str) -> bool:
   if family == 'llama' or not hf.get('use_sliding_window') or (
       hf.get('sliding_window', _WINDOW) is None):
     return False
-  first = hf.get('max_window_layers', 28)
-  return first is None or first < _integer(hf, 'num_hidden_layers')
+  if hf.get('max_window_layers', 28) is None:
+    return True
+  return _number(hf, 'max_window_layers', 28) < _integer(hf, 'num_hidden_layers')
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -270,6 +270,13 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
   return hf | ({'mlp_bias': False} if config.family == 'llama' else {'use_sliding_window': False})
 
 
+def _words(hf: Mapping[str, Any], field: str) -> list[str]:
+  value = hf.get(field) or []
+  if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
+    raise _refusal(field, value, 'a list of names')
+  return list(value)
+
+
 def _integer(hf: Mapping[str, Any], field: str, default: int | None = None) -> int:
   value = hf.get(field)
   value = default if value is None else value
@@ -281,6 +288,7 @@ def _integer(hf: Mapping[str, Any], field: str, default: int | None = None) -> i
 def _number(hf: Mapping[str, Any], field: str, default: float | None = None) -> float:
   value = hf.get(field)
   value = default if value is None else value
-  if not isinstance(value, int | float) or isinstance(value, bool):
-    raise _refusal(field, value, 'a number')
+  if not isinstance(value, int | float) or isinstance(value, bool) or (
+      not abs(value) <= sys.float_info.max):
+    raise _refusal(field, value, 'a finite number')
   return float(value)

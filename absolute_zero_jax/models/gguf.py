@@ -71,7 +71,7 @@ def read(path: str | os.PathLike) -> File:
   if end > size:
     raise ValueError(f'{path} is truncated: it has {size:,} bytes, its header announces {end:,}; '
                      'download the file again')
-  if file.metadata.get('split.count', 1) > 1:
+  if file.metadata.get('split.count', 1) not in (0, 1):
     raise ValueError(f'{path} is one of {file.metadata["split.count"]} parts; merge them first '
                      '(llama-gguf-split --merge)')
   return file
@@ -93,7 +93,7 @@ def config(file: File) -> ModelConfig:
 
   def get(key, default=None):
     value = data.get(f'{family}.{key}', default)
-    if value is None or isinstance(value, list):
+    if not isinstance(value, int | float):
       raise ValueError(f'{file.path}: metadata {family}.{key}={value!r}, one number is needed; '
                        'the file is damaged or of another architecture')
     return float(str(np.float32(value))) if isinstance(value, float) else value
@@ -184,6 +184,9 @@ def _rope_scaling(file: File, family: str, get, head_dim: int, theta: float):
     raise ValueError(f'{file.path}: {family}.rope.scaling.type={kind!r} is not supported; '
                      'allowed: none, linear')
   if kind == 'linear' and factor != 1:
+    if _LLAMA3_FACTORS in file.tensors:
+      raise ValueError(f'{file.path}: linear scaling together with {_LLAMA3_FACTORS} is not '
+                       "supported; use the model's safetensors files")
     return RopeScaling('linear', float(factor))
   if _LLAMA3_FACTORS not in file.tensors:
     return None
@@ -214,6 +217,8 @@ def _header(path: pathlib.Path, data: mmap.mmap) -> File:
     at += 16 + 8 * ndim
     tensors[name] = (tuple(dims[::-1]), kind, offset)
   align = metadata.get('general.alignment', 32)
+  if type(align) is not int or align < 1:
+    raise ValueError(f'{path}: metadata general.alignment={align!r}; allowed: a positive integer')
   base = -(-at // align) * align
   return File(path, metadata, {name: _tensor(path, name, *row, base)
                                for name, row in tensors.items()})

@@ -134,9 +134,9 @@ def table(folder: pathlib.Path) -> dict[str, tensor_files.Entry]:
   try:
     where = json.loads(index.read_text(encoding='utf-8'))['weight_map']
     files = sorted(set(where.values()))
+    absent = [name for name in files if not (folder / name).is_file()]
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise ValueError(f'{index} is damaged ({e!r}); download it again') from None
-  absent = [name for name in files if not (folder / name).exists()]
   if (folder / _SINGLE).exists() and _SINGLE not in files:
     if len(absent) == len(files):          # transformers leaves the index of an earlier save
       return tensor_files.entries(folder / _SINGLE)
@@ -149,7 +149,7 @@ def table(folder: pathlib.Path) -> dict[str, tensor_files.Entry]:
   for name in files:
     entries |= tensor_files.entries(folder / name)
   # What is in no file at all may not be needed (a tied output table): `check` says if it is.
-  astray = [t for t, name in where.items() if t in entries and entries[t].path.name != name]
+  astray = [t for t, name in where.items() if t in entries and entries[t].path != folder / name]
   if astray:
     raise ValueError(f'{folder}: {_listing(astray)} are not in the file that {_INDEX} names; '
                      'files of two checkpoints are mixed')

@@ -74,7 +74,8 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
 def random_config(name: str) -> ModelConfig:
   """The ModelConfig that 'random:qwen3,layers=4,tied=false' spells.
 
-  Raises ValueError for an unknown family or field, or a value of another type than the field's.
+  Raises ValueError for an unknown family or field, a value of another type than the field's, or
+  biases and norms that the family does not have.
   """
   family, *fields = name.removeprefix(_RANDOM).split(',')
   if family not in ARCHITECTURES:
@@ -93,7 +94,11 @@ def random_config(name: str) -> ModelConfig:
       values[key] = _BOOLS[text.lower()] if kinds[key] is bool else kinds[key](text)
     except (ValueError, KeyError):
       raise ValueError(f'model {name!r}: {key}={text!r} is no {kinds[key].__name__}') from None
-  return dataclasses.replace(config, **values)
+  made = dataclasses.replace(config, **values)
+  for key in ('qkv_bias', 'qk_norm'):       # no other model could be exported
+    if getattr(made, key) != getattr(config, key):
+      raise ValueError(f'model {name!r}: {key} of {family} is {getattr(config, key)}; leave it out')
+  return made
 
 
 _BOOLS = {'true': True, 'false': False, '1': True, '0': False}
@@ -106,7 +111,7 @@ def generation_config(path: str | os.PathLike | None) -> dict[str, Any]:
   'bos_token_id' and 'pad_token_id' are there if the model names them. From a directory the rest of
   generation_config.json follows, which overrules config.json; a random model (None) has no ids.
 
-  Raises ValueError where nothing is at `path`.
+  Raises ValueError where nothing is at `path`, or an end is no id.
   """
   if path is None:
     return {'eos_token_id': []}
@@ -119,13 +124,17 @@ def generation_config(path: str | os.PathLike | None) -> dict[str, Any]:
     ids = {ours: metadata.get(f'tokenizer.ggml.{theirs}_token_id')
            for ours, theirs in (('bos_token_id', 'bos'), ('pad_token_id', 'padding'))}
     ends = [metadata.get(f'tokenizer.ggml.{kind}_token_id') for kind in ('eos', 'eot', 'eom')]
-    ids['eos_token_id'] = sorted({end for end in ends if end is not None})
+    ends = [end for end in ends if end is not None]
   else:
     ids = {k: v for k, v in _json(path / 'config.json').items()
            if k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
     ids |= _json(path / 'generation_config.json')
     ends = ids.get('eos_token_id')
-    ids['eos_token_id'] = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+  if not all(type(end) is int and end >= 0 for end in ends):
+    raise ValueError(f'{path}: eos_token_id={ends!r} must be token ids, integers of at least 0; '
+                     'download the file again')
+  ids['eos_token_id'] = list(dict.fromkeys(ends))
   return {k: v for k, v in ids.items() if v is not None}
 
 

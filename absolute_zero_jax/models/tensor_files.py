@@ -38,8 +38,8 @@ class Entry(NamedTuple):
 def entries(path: str | os.PathLike) -> dict[str, Entry]:
   """Name -> Entry of every tensor in one file, after checking that all their bytes are there.
 
-  Raises ValueError if the file is missing, truncated or no safetensors file, or holds a tensor
-  whose size contradicts its shape.
+  Raises ValueError if the file is missing, truncated or no safetensors file, holds a tensor whose
+  size contradicts its shape, or tensors that do not lie one behind the other.
   """
   path = pathlib.Path(path)
   try:
@@ -48,22 +48,30 @@ def entries(path: str | os.PathLike) -> dict[str, Entry]:
       header, base = _header(f, path, size)
   except FileNotFoundError:
     raise ValueError(f'{path} does not exist; download the checkpoint again') from None
-  table, end = {}, base
+  table, spans = {}, []
   for name, field in header.items():
     if name == '__metadata__':
       continue
     try:
       shape, dtype = tuple(field['shape']), field['dtype']
       first, last = field['data_offsets']
+      if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
+        raise ValueError('shape and data_offsets must be integers of at least 0')
       if dtype in DTYPES and last - first != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError('size and shape disagree')
     except (KeyError, TypeError, ValueError) as e:
       raise ValueError(f'{path}: the header entry of tensor {name!r} is damaged ({e}); '
                        'download the file again') from None
     table[name] = Entry(path, shape, dtype, base + first)
-    end = max(end, base + last)
-  if end > size:
-    raise _truncated(path, size, end)
+    spans.append((first, last, name))
+  end = 0
+  for first, last, name in sorted(spans):
+    if first != end:
+      raise ValueError(f'{path}: tensor {name!r} starts at byte {first}, the one before it ends at '
+                       f'{end}; download the file again')
+    end = last
+  if base + end > size:
+    raise _truncated(path, size, base + end)
   return table
 
 
