@@ -87,11 +87,18 @@ def _leading(spec: dict[str, Any]) -> str:
 def _declared_tokens(folder: pathlib.Path | None, config: dict[str, Any],
                      spec: dict[str, Any]) -> list[dict[str, Any]]:
   """Tokens that the files beside the tokenizer add to it, as tokenizer.json entries."""
-  tokens, own = {}, {token['content'] for token in spec.get('added_tokens') or []}
+  tokens, own = {}, spec.get('added_tokens') or []
+  taken = {token['content'] for token in own} | {token['id'] for token in own}
   for text, index in _read_json(folder, 'added_tokens.json').items():
-    if text not in own:
-      tokens[text] = tokenizer_spec.added_token(int(index), text, special=False)
+    if type(index) is not int or index < 0:
+      raise ValueError(f'{folder / "added_tokens.json"}: the id of {text!r} is {index!r}, not an '
+                       'integer of at least 0. Fetch the file again.')
+    if text not in taken and index not in taken:
+      tokens[text] = tokenizer_spec.added_token(index, text, special=False)
   for index, token in (config.get('added_tokens_decoder') or {}).items():
+    if not index.isdecimal():
+      raise ValueError(f'{folder / "tokenizer_config.json"}: added_tokens_decoder has the id '
+                       f'{index!r}, not an integer of at least 0. Fetch the file again.')
     entry = tokenizer_spec.added_token(int(index), token['content'], special=False)
     tokens[token['content']] = entry | {key: token[key] for key in entry if key in token}
   return sorted(tokens.values(), key=lambda token: token['id'])
@@ -99,7 +106,7 @@ def _declared_tokens(folder: pathlib.Path | None, config: dict[str, Any],
 
 def _add_tokens(spec: dict[str, Any], declared: list[dict[str, Any]],
                 specials: set[str]) -> None:
-  """Joins declared and special tokens with the spec's own, in id order."""
+  """Joins declared and special tokens with the spec's own, which come first."""
   vocab = spec['model'].get('vocab') or {}
   tokens = {token['content']: token for token in spec.get('added_tokens') or []}
   tokens |= {token['content']: token for token in declared}
@@ -108,7 +115,7 @@ def _add_tokens(spec: dict[str, Any], declared: list[dict[str, Any]],
       tokens[text] = tokens[text] | {'special': True}
     elif text in vocab:
       tokens[text] = tokenizer_spec.added_token(vocab[text], text, special=True)
-  spec['added_tokens'] = sorted(tokens.values(), key=lambda token: token['id'])
+  spec['added_tokens'] = list(tokens.values())
 
 
 def _chat_template(folder: pathlib.Path | None, config: dict[str, Any]) -> str:

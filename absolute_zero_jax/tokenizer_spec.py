@@ -55,12 +55,12 @@ def plain(source: Source, tags: Iterable[str]) -> tuple[dict[str, Any], frozense
     raise ValueError(f'{source.origin} holds a {model["type"]} tokenizer; the LLaMA and Qwen '
                      'families use BPE, and nothing else is supported.')
   tags = set(tags)
-  if any(token['content'] in tags for token in spec['added_tokens']):
-    # Ids of added tokens are given out anew on loading, in order, unless the vocabulary knows
-    # them: removing one would shift all that follow.
-    known = {token['content']: token['id'] for token in spec['added_tokens']}
-    model['vocab'] = model['vocab'] | known
-    spec['added_tokens'] = [token for token in spec['added_tokens'] if token['content'] not in tags]
+  ids = _given_out(spec['added_tokens'], model['vocab'])
+  if ids.keys() & tags:
+    model['vocab'] = model['vocab'] | ids      # removing a token would shift all that follow
+  spec['added_tokens'] = sorted(
+      (token | {'id': ids[token['content']]} for token in spec['added_tokens']
+       if token['content'] not in tags), key=lambda token: token['id'])
   banned = {token['content'] for token in spec['added_tokens'] if token.get('special')} | tags
   model['merges'] = [pair for pair in model.get('merges', []) if _joined(pair) not in banned]
   known = set(model['vocab']) | {token['content'] for token in spec['added_tokens']}
@@ -109,6 +109,19 @@ def byte_of_char() -> dict[str, int]:
   rest = [byte for byte in range(256) if byte not in printable]
   return {chr(byte): byte for byte in printable} | {
       chr(256 + index): byte for index, byte in enumerate(rest)}
+
+
+def _given_out(tokens: Sequence[dict[str, Any]], vocab: dict[str, int]) -> dict[str, int]:
+  """Ids of added tokens by text: the vocabulary's, else the next ones in order.
+
+  Loading, and so transformers, heeds no other id that a file may declare: one that is taken, or
+  beyond the next.
+  """
+  ids, after = {}, len(vocab)
+  for text in (token['content'] for token in tokens):
+    ids[text] = vocab.get(text, after)
+    after += text not in vocab
+  return ids
 
 
 def _joined(merge: str | Sequence[str]) -> str:

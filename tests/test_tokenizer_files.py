@@ -306,6 +306,36 @@ def test_more_special_tokens_of_an_older_save_are_special(qwen_dir, tmp_path):
   assert end in ours.special_ids and end in theirs.all_special_ids
 
 
+@pytest.mark.parametrize('index', [5, 'end', 9999])     # of a piece, of another token, too high
+@pytest.mark.parametrize('file', ['tokenizer_config', 'added_tokens', 'tokenizer'])
+def test_an_id_that_cannot_be_moves_no_other(file, index, qwen_dir, tmp_path):
+  transformers = pytest.importorskip('transformers')
+  spec = json.loads((qwen_dir / 'tokenizer.json').read_text())
+  texts = {token['content']: token['id'] for token in spec['added_tokens']}
+  specials = {token['content'] for token in spec['added_tokens'] if token['special']} | (
+      {'<new>'} if file != 'added_tokens' else set())
+  index = texts['<|im_end|>'] if index == 'end' else index
+  token = dict(content='<new>', special=True, lstrip=False, rstrip=False, normalized=False,
+               single_word=False)
+  files = {'tokenizer': spec, 'added_tokens': {},
+           'tokenizer_config': dict(tokenizer_class='PreTrainedTokenizerFast',
+                                    eos_token='<|im_end|>')}
+  if file == 'tokenizer':
+    spec['added_tokens'].append(token | {'id': index})
+  else:
+    files[file] |= {'<new>': index} if file == 'added_tokens' else {
+        'added_tokens_decoder': {str(index): token}}
+  for name, content in files.items():
+    write_json(tmp_path / f'{name}.json', **content)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  for tags in ((), tokenizer.PLAIN_TAGS):
+    ours = tokenizer.load(tmp_path, plain_tags=tags)
+    for text in ('<new>', *(text for text in texts if text not in tags)):
+      ids = ours.encode(text, allow_special=True)
+      assert ids == theirs.encode(text) and ours.decode(ids) == text
+      assert (ids[0] in ours.special_ids) == (text in specials), text
+
+
 def test_without_a_pad_token_a_stop_stands_in(qwen_dir):
   ours = tokenizer.load(qwen_dir / 'tokenizer.json')             # names no token at all
   assert ours.pad_id in ours.stop_ids
