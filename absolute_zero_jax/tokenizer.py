@@ -223,14 +223,11 @@ class Tokenizer:
     if not self.chat_template:
       raise ValueError(f'{self._origin} has no chat template (a base model?). Use a prompt set '
                        'without chat, or load with chat_template=...')
-    import jinja2  # here: only chats need it
-
     try:
       return self._template.render(
           messages=list(messages), tools=None, documents=None,
-          add_generation_prompt=add_generation_prompt,
-          **{name: self._names.get(name, '') for name in tokenizer_spec.NAMES})
-    except (jinja2.TemplateError, TypeError) as error:
+          add_generation_prompt=add_generation_prompt, **self._names)
+    except Exception as error:  # a template is a program: it may fail in any way
       raise ValueError(f'The chat template of {self._origin} failed: {error}') from error
 
   def chat_ids(self, messages: Sequence[Mapping[str, str]], *,
@@ -300,7 +297,7 @@ class Tokenizer:
 
   @functools.cached_property
   def _template(self):
-    import jinja2
+    import jinja2  # here: only chats need it
     import jinja2.ext
     import jinja2.sandbox
 

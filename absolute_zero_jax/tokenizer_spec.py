@@ -14,7 +14,8 @@ import functools
 import re
 from typing import Any
 
-NAMES = ('bos_token', 'eos_token', 'unk_token', 'pad_token')
+NAMES = ('bos_token', 'eos_token', 'unk_token', 'pad_token', 'sep_token', 'cls_token',
+         'mask_token')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Source:
   Attributes:
     origin: path for error messages.
     spec: content of a tokenizer.json.
-    names: text of the tokens the model calls 'bos_token', 'eos_token', 'unk_token', 'pad_token'.
+    names: text of the tokens that the model calls by one of `NAMES`.
     adds_bos: None leaves the decision to the spec's post-processor.
     stops: further ids that end a response, e.g. the eos list of generation_config.json.
   """

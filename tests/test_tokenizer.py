@@ -289,11 +289,13 @@ def test_chats_are_those_of_transformers(name, request):
 
 @pytest.mark.parametrize('template', [
     "{% if tools is not none or documents is not none %}T{% endif %}{{ messages[0].content }}",
-    '{{ messages[0].content }}{{ eos_token }}'])
+    '{{ messages[0].content }}{{ eos_token }}',
+    "{{ pad_token is defined }}{{ sep_token }}{{ cls_token }}{{ messages[0].content }}"])
 def test_templates_see_what_transformers_shows_them(template, llama3_dir, tmp_path):
   shutil.copytree(llama3_dir, tmp_path, dirs_exist_ok=True)
   file = tmp_path / 'tokenizer_config.json'
-  file.write_text(json.dumps(json.loads(file.read_text()) | {'chat_template': template}))
+  file.write_text(json.dumps(json.loads(file.read_text()) | {
+      'chat_template': template, 'sep_token': '<|eot_id|>'}))
   reference = pytest.importorskip('transformers').AutoTokenizer.from_pretrained(tmp_path)
   ours = tokenizer.load(tmp_path)
   assert ours.chat(CHAT) == reference.apply_chat_template(CHAT, tokenize=False)
@@ -312,8 +314,9 @@ def test_templates_run_in_a_sandbox_and_fail_as_value_errors(qwen_dir):
   ours = tokenizer.load(qwen_dir)
   with pytest.raises(ValueError, match='no tools'):
     ours.chat([{'role': 'tool', 'content': ''}])
-  for bad in ("{{ ''.__class__.__mro__ }}", '{{ messages.append(1) }}', '{% if %}'):
-    with pytest.raises(ValueError, match='template'):
+  for bad in ("{{ ''.__class__.__mro__ }}", '{{ messages.append(1) }}', '{% if %}', '{{ 1 / 0 }}',
+              "{{ 'a'.index('b') }}", '{% for i in range(10 ** 6) %}{% endfor %}'):
+    with pytest.raises(ValueError, match='The chat template of .*tokenizer.json failed: '):
       tokenizer.load(qwen_dir, chat_template=bad).chat(CHAT)
   with pytest.raises(ValueError, match='no chat template'):
     tokenizer.load(qwen_dir, chat_template='').chat(CHAT)
