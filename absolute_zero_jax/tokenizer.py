@@ -43,7 +43,7 @@ def load(path: str | os.PathLike, *, plain_tags: Iterable[str] = PLAIN_TAGS,
     chat_template: a jinja template in place of the model's own; '' for none.
 
   Raises:
-    ValueError: nothing readable is at `path`, or a tokenizer of an unsupported kind.
+    ValueError: nothing readable is at `path`, a tokenizer of an unsupported kind, or a damaged one.
   """
   if path == 'bytes':
     return byte_tokenizer(chat_template)
@@ -56,8 +56,12 @@ def load(path: str | os.PathLike, *, plain_tags: Iterable[str] = PLAIN_TAGS,
     raise ValueError(f'{path} is no tokenizer; a single file must be tokenizer.json, '
                      'tokenizer.model or a .gguf file.')
   reader = tokenizer_gguf if path.is_file() and path.suffix == '.gguf' else tokenizer_files
-  source = reader.read(path)
-  return Tokenizer(source, plain_tags=plain_tags, chat_template=chat_template)
+  plain_tags = tuple(plain_tags)
+  try:
+    return Tokenizer(reader.read(path), plain_tags=plain_tags, chat_template=chat_template)
+  except (ArithmeticError, AttributeError, LookupError, TypeError, UnicodeDecodeError) as error:
+    raise ValueError(f'{path} holds a value of a wrong form ({type(error).__name__}: {error}). '
+                     'Fetch it again.') from error
 
 
 def byte_tokenizer(chat_template: str | None = None) -> 'Tokenizer':
@@ -114,11 +118,13 @@ class Tokenizer:
     ends = (self._vocab.get(text) for text in _TURN_ENDS)
     self.stop_ids = frozenset(
         {i for i in ends if i in self.special_ids}
-        | {i for i in (*source.stops, self.eos_id) if i is not None and i < self.vocab_size})
+        | {i for i in (*source.stops, self.eos_id) if i is not None and 0 <= i < self.vocab_size})
     # A sampler never draws it unless it is a stop, so it should be no ordinary token.
     named = [i for i in (pad_id, self.eos_id) if i is not None]
     self.pad_id = [*named, *sorted(self.stop_ids), *sorted(self.special_ids), 0][0]
     self.chat_template = source.chat_template if chat_template is None else chat_template
+    if not isinstance(self.chat_template, str):
+      raise ValueError(f'{source.origin}: chat_template={self.chat_template!r} must be a text.')
     self.adds_bos = self.bos_id is not None and (
         self._backend.encode('').ids[:1] == [self.bos_id]
         if source.adds_bos is None else source.adds_bos)
@@ -267,6 +273,8 @@ class Tokenizer:
 
     tokenizer.json, tokenizer_config.json, and generation_config.json (with the stop ids) unless
     there is one. Plain tags stay plain: their tokens keep their ids, but are no added tokens.
+    Beside a config.json of model type qwen2, transformers cuts texts by Qwen2's own rule, whatever
+    tokenizer.json says: there the ids are equal only for tokenizers of that rule.
     """
     directory = pathlib.Path(directory) if isinstance(directory, str) else directory
     directory.mkdir(parents=True, exist_ok=True)

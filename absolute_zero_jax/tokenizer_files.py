@@ -132,7 +132,7 @@ def _stops(folder: pathlib.Path | None) -> tuple[int, ...]:
     ids = _read_json(folder, name).get('eos_token_id')
     if ids is not None:
       found = ids if isinstance(ids, list) else [ids]
-      if not all(type(i) is int for i in found):
+      if not all(type(i) is int and i >= 0 for i in found):
         raise ValueError(f'{folder / name}: eos_token_id={ids!r} must be a token id or a list of '
                          'them. Fetch the file again.')
       return tuple(found)

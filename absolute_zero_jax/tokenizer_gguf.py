@@ -64,6 +64,11 @@ def read(path: pathlib.Path) -> tokenizer_spec.Source:
   pre = meta.get('tokenizer.ggml.pre')
   if kind is None or 'tokenizer.ggml.tokens' not in meta:
     raise ValueError(f'{path} holds no tokenizer. Use the directory of the original model.')
+  tokens = meta['tokenizer.ggml.tokens']
+  for key in ('tokenizer.ggml.token_type', 'tokenizer.ggml.scores'):
+    if len(meta.get(key, tokens)) != len(tokens):
+      raise ValueError(f'{path}: {key} has {len(meta[key])} entries for {len(tokens)} tokens; the '
+                       'file is damaged. Fetch it again.')
   if kind == 'llama':
     spec, adds_bos = _sentencepiece(meta, str(path)), True
   elif kind != 'gpt2':
@@ -73,8 +78,7 @@ def read(path: pathlib.Path) -> tokenizer_spec.Source:
     raise ValueError(f'{path} cuts text by {pre!r}; supported are {sorted(_PRE_TOKENIZERS)}. '
                      'Use the directory of the original model.')
   else:
-    spec, adds_bos = _byte_level(meta, pre), pre in _WHOLE_WORDS
-  tokens = meta['tokenizer.ggml.tokens']
+    spec, adds_bos = _byte_level(meta, pre, str(path)), pre in _WHOLE_WORDS
   keys = {'bos_token': 'bos', 'eos_token': 'eos', 'unk_token': 'unknown', 'pad_token': 'padding'}
   ids = {name: meta.get(f'tokenizer.ggml.{key}_token_id', -1) for name, key in keys.items()}
   stops = (meta.get(f'tokenizer.ggml.{key}_token_id') for key in ('eot', 'eom'))
@@ -111,7 +115,7 @@ def metadata(path: pathlib.Path, prefix: str = '') -> dict[str, Any]:
   return {key: value for key, value in found.items() if key.startswith(prefix)}
 
 
-def _byte_level(meta: dict[str, Any], pre: str) -> dict[str, Any]:
+def _byte_level(meta: dict[str, Any], pre: str, origin: str) -> dict[str, Any]:
   tokens = meta['tokenizer.ggml.tokens']
   kinds = meta.get('tokenizer.ggml.token_type', [tokenizer_spm.NORMAL] * len(tokens))
   # Converters fill a padded vocabulary with these.
@@ -119,6 +123,9 @@ def _byte_level(meta: dict[str, Any], pre: str) -> dict[str, Any]:
   while count and kinds[count - 1] == tokenizer_spm.UNUSED and _FILLER.fullmatch(tokens[count - 1]):
     count -= 1
   tokens, kinds = tokens[:count], kinds[:count]
+  vocab = {token: index for index, token in enumerate(tokens)}
+  if len(vocab) != len(tokens):
+    raise ValueError(f'{origin} names a token twice; the file is damaged. Fetch it again.')
   return {
       'version': '1.0', 'truncation': None, 'padding': None,
       'added_tokens': [
@@ -131,7 +138,7 @@ def _byte_level(meta: dict[str, Any], pre: str) -> dict[str, Any]:
       'model': {'type': 'BPE', 'dropout': None, 'unk_token': None,
                 'continuing_subword_prefix': '', 'end_of_word_suffix': '', 'fuse_unk': False,
                 'byte_fallback': False, 'ignore_merges': pre in _WHOLE_WORDS,
-                'vocab': {token: index for index, token in enumerate(tokens)},
+                'vocab': vocab,
                 # A piece never holds a space: it is spelled with the letter G with a dot.
                 'merges': [pair.split(' ', 1) for pair in meta.get('tokenizer.ggml.merges', [])]},
   }

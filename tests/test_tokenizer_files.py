@@ -167,6 +167,15 @@ def test_gguf_mistakes_are_named(tmp_path):
   path.write_bytes(b'')
   with pytest.raises(ValueError, match='no GGUF'):
     tokenizer.load(path)
+  write_gguf(path, 'gpt2', ['a', 'b', 'a'], [1, 1, 1], pre='qwen2', merges=[])
+  with pytest.raises(ValueError, match='m.gguf names a token twice'):
+    tokenizer.load(path)
+  write_gguf(path, 'gpt2', ['a', 'b'], [1], pre='qwen2', merges=[])
+  with pytest.raises(ValueError, match='token_type has 1 entries for 2 tokens'):
+    tokenizer.load(path)
+  write_gguf(path, 'llama', ['<unk>', 'b'], [2, 1], scores=[0.0] * 3)
+  with pytest.raises(ValueError, match='scores has 3 entries for 2 tokens'):
+    tokenizer.load(path)
 
 
 # --- the real SmolLM2
@@ -254,7 +263,7 @@ def test_mistakes_are_named(tmp_path, llama3_dir):
     tokenizer.load(tmp_path / 'folder')
 
 
-@pytest.mark.parametrize('ids', ['2', {'id': 2}, [1, '2'], 2.0, True])
+@pytest.mark.parametrize('ids', ['2', {'id': 2}, [1, '2'], 2.0, True, -1])
 def test_ends_that_are_no_token_ids_are_refused(qwen_dir, tmp_path, ids):
   shutil.copytree(qwen_dir, tmp_path / 'model')
   (tmp_path / 'model' / 'generation_config.json').write_text(json.dumps({'eos_token_id': ids}))
