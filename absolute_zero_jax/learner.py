@@ -154,7 +154,7 @@ class Learner:
       reference: full parameters of the KL anchor, where the algorithm needs one.
 
     Raises:
-      ValueError: malformed rows, or a KL coefficient without a reference.
+      ValueError: malformed rows, or a reference that the algorithm needs and was not given.
     """
     a = self.algorithm
     for i, row in enumerate(rows if self._vocab else ()):
@@ -166,7 +166,8 @@ class Learner:
     roles, rollout = packing.rollout(rows)
     if a.needs_old:
       rollout = rollout._replace(penalty_BT=a.penalty(
-          packing.padded(values['old_logprobs']), packing.padded(values['ref_logprobs'])))
+          packing.padded(values['old_logprobs']),
+          packing.padded(values['ref_logprobs']) if a.needs_reference else None))
     advantage_BT = np.asarray(a.advantages(rollout, roles))
     if advantage_BT.shape != rollout.reward_BT.shape or not np.isfinite(advantage_BT).all():
       raise ValueError(f'algorithm.name makes advantages of shape {advantage_BT.shape} for tokens '
@@ -317,8 +318,8 @@ class Learner:
       out['old_logprobs'] = out['model_logprobs']
     if a.needs_reference:
       if reference is None:
-        raise ValueError('kl_coef > 0 needs the parameters of a reference; none were given. Pass '
-                         'reference=..., or set kl_coef to 0.')
+        raise ValueError('the algorithm (kl_coef > 0, or one of your own) needs the parameters of '
+                         'a reference; none were given. Pass reference=..., or set kl_coef to 0.')
       scored = self.logprobs(reference, tokens)
       out['ref_logprobs'] = packing.take_rows(layout, rows, tokens, scored)
     return out, about

@@ -16,6 +16,11 @@ from absolute_zero_jax.advantages import Rollout
 
 # Counted per (role, kind) too.
 _PER_GROUP = ('entropy', 'mismatch_abs', 'kl_old')
+# Names that an algorithm's statistics cannot have, beside those ending in '_max' and '_R'.
+_TAKEN = ('loss', 'tokens', 'grad_norm', 'skipped_updates', 'optimizer_steps', 'entropy',
+          'mismatch_abs', 'mismatch_kl', 'old_mismatch', 'old_recomputed', 'rows',
+          'rows_without_advantage', 'updates_without_rows', 'advantage_abs', 'micro_batches',
+          'positions', 'padding_share')
 
 
 def sums(batch: packing.Batch, size: int, loss: jax.Array, logprob_CM: jax.Array,
@@ -24,7 +29,13 @@ def sums(batch: packing.Batch, size: int, loss: jax.Array, logprob_CM: jax.Array
 
   'mismatch_*' compares the sampler's log-probs of the same tokens with the trainer's: two programs
   for one number, plus whatever the weights moved since.
+
+  Raises ValueError for names in `stats` that mean something else here.
   """
+  taken = [name for name in stats if name in _TAKEN or name.endswith(('_max', '_R'))]
+  if taken:
+    raise ValueError(f'algorithm.name: its loss has statistics called {taken}; take other names, '
+                     "that do not end in '_max' or '_R' either.")
   mask_CM = (batch.index_CM >= 0).astype(jnp.float32)
   gap_CM = (pick(batch, batch.model_logprobs_BT) - logprob_CM) * mask_CM
   bound = reinforce.LOG_RATIO_BOUND

@@ -106,7 +106,7 @@ class Algorithm:
 
   def penalty(self, old_BT: np.ndarray, reference_BT: np.ndarray) -> np.ndarray | float:
     """What KL in the reward adds to each token: -kl_coef * kl, or 0.0 when it is not used."""
-    if not self.needs_old:
+    if not self.kl_coef or self.kl_in != 'reward':
       return 0.0
     gap_BT = np.clip(np.asarray(old_BT, np.float64) - reference_BT, -PENALTY_BOUND, PENALTY_BOUND)
     return -self.kl_coef * kl(gap_BT, self.kl_kind, np)
@@ -154,7 +154,11 @@ class Algorithm:
     if not len(r.role_B):
       return np.zeros(r.reward_BT.shape, np.float32)
     if not isinstance(estimator, str):
-      return estimator(r)
+      made_BT = np.asarray(estimator(r))
+      if made_BT.shape != r.reward_BT.shape:           # NumPy might broadcast it
+        raise ValueError(f'algorithm.name makes advantages of shape {made_BT.shape} for tokens of '
+                         f'shape {r.reward_BT.shape}.')
+      return made_BT
     options = {}
     if estimator in _WHITENING:
       options = {'count': self.whiten_count}
