@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
   # carried model), a directory, 'module:name'.
   c.selfplay.prompts = 'compact'
   # Its wrapper ('none', or one that the set has: 'answer' and 'boxed' of 'think') and its format
-  # test of tagged answers ('strict', or 'azr' as the reference tests); '' takes the set's own.
+  # test of tagged answers ('strict', or the reference's 'azr'); '', as for a module, its own.
   c.selfplay.wrapper = ''
   c.selfplay.format_rule = ''
   # Proposals, and solved tasks, per kind and iteration (the paper's B: 64).

@@ -58,8 +58,6 @@ def main(argv: list[str] | None = None) -> int:
     # The module imports JAX.
     importlib.import_module(f'absolute_zero_jax.{_COMMANDS[c.command]}').run(c, workdir)
   except KeyboardInterrupt:
-    with contextlib.suppress(ValueError):          # not the main thread
-      signal.signal(signal.SIGINT, signal.SIG_IGN)   # what is left is to leave
     hint = 'The same command begins anew.'
     if c.command in ('selfplay', 'pretrain'):
       hint = _resume_hint(workdir, again=True) or (
@@ -213,6 +211,7 @@ def _resume_hint(workdir: str, again: bool) -> str:
 def _leave(status: int):
   """Ends the process: after an interrupt at once, since orbax's threads may wait for minutes."""
   if status == 130:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # what is left is to leave
     for stream in (sys.stdout, sys.stderr):
       with contextlib.suppress(OSError):           # a closed pipe
         stream.flush()

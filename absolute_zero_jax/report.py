@@ -125,7 +125,8 @@ def plot(history: History) -> bytes:
     for name in (n for n in names if n in found):
       steps, values = found[name]
       axis.plot(steps, values, label=name, marker='.' if len(steps) < 60 else '')
-      column = 'heldout/' + name.replace(' ', '/mean/')
+      part, _, quantity = name.rpartition(' ')       # a part's name may hold blanks
+      column = f'heldout/{part}/mean/{quantity}'
       ends = [(row[f'{column}_low'], row[f'{column}_high']) for row in history if column in row]
       if ends:
         axis.fill_between(steps, *zip(*ends), alpha=0.15)

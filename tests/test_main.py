@@ -3,6 +3,7 @@
 
 import importlib.util
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -69,6 +70,7 @@ def test_an_interrupt_says_what_is_saved(tmp_path, monkeypatch, capsys):
   def interrupted(*_):
     raise KeyboardInterrupt
   monkeypatch.setattr(train, 'run', interrupted)
+  before = signal.getsignal(signal.SIGINT)
   argv = ['x', '--config', str(ROOT / 'configs/tiny.py'), '--workdir', str(tmp_path)]
   assert main.main(argv) == 130
   assert ('Nothing was saved yet (checkpoint.every_steps=5): the same command begins anew'
@@ -77,6 +79,7 @@ def test_an_interrupt_says_what_is_saved(tmp_path, monkeypatch, capsys):
     (tmp_path / 'checkpoints' / step).mkdir(parents=True)
   assert main.main(argv) == 130
   assert f'up to step 10 is safe in {tmp_path}; the same' in capsys.readouterr().err
+  assert signal.getsignal(signal.SIGINT) is before                       # a notebook goes on
 
 
 def test_a_process_runs_several_command_lines_each_with_its_own_overrides(monkeypatch, capsys):

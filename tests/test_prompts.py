@@ -259,10 +259,21 @@ def test_the_sets_that_come_along_are_whole(name):
 @pytest.mark.parametrize(('load', 'words'), [
     (lambda: prompts.load('nowhere'), 'neither one of'),
     (lambda: prompts.load('think', 'xml'), 'must be none or one of'),
-    (lambda: prompts.load('no.module:thing'), 'cannot be loaded')])
+    (lambda: prompts.load('no.module:thing'), 'cannot be loaded'),
+    (lambda: prompts.load(f'{__name__}:compact', 'answer'), "wrapper='answer' .* must be ''"),
+    (lambda: prompts.load(f'{__name__}:compact', rule='azr'), "format_rule='azr' must be ''"),
+    (lambda: prompts.load('types:SimpleNamespace'), 'lacks .*hash.*extract.*PromptSet')])
 def test_wrong_names_are_refused(load, words):
   with pytest.raises(ValueError, match=words):
     load()
+
+
+def compact():
+  return prompts.load('compact')
+
+
+def test_a_module_may_hold_a_set():
+  assert prompts.load(f'{__name__}:compact') == compact()
 
 
 def test_a_malformed_set_is_refused(tmp_path):

@@ -73,6 +73,14 @@ def test_the_report_comes_with_a_plot(workdir):
   assert (workdir / 'learning.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_a_part_with_a_blank_in_its_name_has_its_interval(monkeypatch):
+  axes, drawn = pytest.importorskip('matplotlib.axes'), []
+  monkeypatch.setattr(axes.Axes, 'fill_between', lambda self, *of, **_: drawn.extend(of))
+  report.plot([{name.replace('same', 'my test'): value for name, value in row.items()}
+               for row in _history({0: 0.25, 25: 0.5})])
+  assert drawn == [[0, 25], (0.15, 0.4), (0.35, 0.6)]
+
+
 def test_without_matplotlib_the_report_says_what_to_install(workdir, monkeypatch):
   real = builtins.__import__
 

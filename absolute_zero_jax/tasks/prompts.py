@@ -230,10 +230,14 @@ def load(name: str | os.PathLike, wrapper: str = '', rule: str = '') -> PromptSe
     rule: another format test than the set's own: 'strict' or 'azr'.
 
   Raises:
-    ValueError: no such set, no such wrapper, a malformed `set.json` or template.
+    ValueError: no such set, no such wrapper, a malformed `set.json` or template, or either
+      argument for an object, whose own code decides both.
   """
   name = os.path.expanduser(os.fspath(name))
   if not os.path.isdir(name) and name.count(':') == 1:
+    if wrapper or rule:
+      raise ValueError(f'selfplay.prompts={name!r} has its own: selfplay.wrapper={wrapper!r} and '
+                       f"selfplay.format_rule={rule!r} must be ''.")
     return _of_module(*name.split(':'))
   return _load(name, wrapper, rule)
 
@@ -243,7 +247,12 @@ def _of_module(module: str, attribute: str) -> PromptSet:
     made = getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as error:
     raise ValueError(f'prompts {module}:{attribute} cannot be loaded: {error}.') from error
-  return made() if callable(made) else made
+  made = made() if callable(made) else made
+  missing = [name for name in ('hash', 'extract', 'stops', 'ends') if not hasattr(made, name)]
+  if missing:
+    raise ValueError(f'selfplay.prompts={module}:{attribute} gave {made!r:.80}, which lacks '
+                     f'{missing}; see tasks.prompts.PromptSet.')
+  return made
 
 
 def _load(name: str, wrapper: str, rule: str) -> PromptSet:
