@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
   c.selfplay.format_rule = ''
   # Proposals, and solved tasks, per kind and iteration (the paper's B: 64).
   c.selfplay.batch = 64
-  # Kinds that take another number, e.g. {'induction': 96}.
+  # Kinds that take another number, by name, e.g. {'induction': 96}.
   c.selfplay.kind_batch = ConfigDict()
   # Monte-Carlo answers per valid proposal.
   c.selfplay.mc_samples = 8

@@ -120,7 +120,8 @@ def _check_together(c: ConfigDict) -> None:
     raise ConfigError(f'train.length_buckets={tuple(c.train.length_buckets)} must reach {longest}: '
                       'the longest prompt and response that the sampler may make.')
   for kind, batch in c.selfplay.kind_batch.items():
-    _check_key('selfplay.kind_batch', kind, c.selfplay.kinds, 'kind that is played')
+    if not any(':' in name for name in c.selfplay.kinds):      # else `parts.kinds` knows the names
+      _check_key('selfplay.kind_batch', kind, c.selfplay.kinds, 'kind that is played')
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
       raise ConfigError(f'selfplay.kind_batch.{kind}={batch!r} must be an integer, 1 or more.')
   for role, weight in c.algorithm.role_weights.items():

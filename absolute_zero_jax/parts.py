@@ -66,9 +66,10 @@ def show_cpu_devices(c: ConfigDict) -> None:
 def kinds(c: ConfigDict, names: Sequence[str] = ()) -> list[tasks.Kind]:
   """The task kinds, each made with those of `selfplay.kind_options` that it knows.
 
-  `names` replaces `selfplay.kinds`. Raises ConfigError for options of a wrong name or type.
+  `names` replaces `selfplay.kinds`. Raises ConfigError for options of a wrong name or type, and for
+  kinds of one name.
   """
-  names = names or c.selfplay.kinds
+  played, names = not names, names or c.selfplay.kinds
   set_for = {'cases': 'selfplay.induction_cases', 'score': 'reward.induction'}
   options = {'probes': c.selfplay.probes} | c.selfplay.kind_options.to_dict()
   for name in set_for.keys() & options.keys():
@@ -90,11 +91,22 @@ def kinds(c: ConfigDict, names: Sequence[str] = ()) -> list[tasks.Kind]:
 
   def get(name):
     try:
-      return tasks.get(name, cases=c.selfplay.induction_cases, score=c.reward.induction, **options)
+      return tasks.get(name, c.selfplay.kinds, cases=c.selfplay.induction_cases,
+                       score=c.reward.induction, **options)
     except ValueError as e:
-      hint = '' if name in tasks.KINDS else config_checks.did_you_mean(name, tasks.KINDS)
+      unknown = [n for n in (name, *c.selfplay.kinds) if ':' not in n and n not in tasks.KINDS]
+      hint = config_checks.did_you_mean(unknown[0], tasks.KINDS) if unknown else ''
       raise config_lib.ConfigError(f'selfplay.kinds, kind_options: {e}{hint}') from e
-  return [get(name) for name in names]
+  made = [get(name) for name in names]
+  own_names = [kind.name for kind in made]
+  if len(set(own_names)) < len(made):
+    raise config_lib.ConfigError(f'selfplay.kinds={tuple(names)} have the names {own_names}; each '
+                                 'kind needs a `name` of its own.')
+  unknown = set(c.selfplay.kind_batch) - set(own_names)
+  if played and unknown:
+    raise config_lib.ConfigError(f'selfplay.kind_batch: {list(unknown)} are no names of kinds that '
+                                 f'are played; allowed: {own_names}.')
+  return made
 
 
 def _section(options, name, owner):
@@ -163,22 +175,28 @@ def algorithm(c: ConfigDict) -> Any:
         f'algorithm.pass_k={c.algorithm.pass_k} must be below the {answers} answers that a prompt '
         'gets (selfplay.solve_samples, or mc_samples where mc_use trains them): the best of all is '
         'one number, and nothing would be learnt.')
-  return _made(
+  made = _made(
       'algorithm.name', c.algorithm.name, functools.partial(reinforce.get, c.algorithm.name),
       ('advantages', 'weights', 'loss', 'needs_old', 'needs_reference'),
       **{k: c.algorithm[k] for k in _ALGORITHM}, role_estimators=tuple(estimators.items()),
       role_weights=tuple(c.algorithm.role_weights.to_dict().items()),
       aggregation_tokens=c.algorithm.aggregation_tokens or longest_response(c))
+  if made.needs_reference and c.roles.reference == 'none':
+    raise config_lib.ConfigError(f'algorithm.name={c.algorithm.name!r} needs a reference: set '
+                                 "roles.reference='base'.")
+  return made
 
 
 def executor(c: ConfigDict) -> Any:
   """The started service; to be closed by the caller."""
+  options, fields = c.executor.options.to_dict(), c.executor.to_dict()
+  limits = {k: v for k, v in fields.items() if k not in ('name', 'options')}
+  for name in limits.keys() & options.keys():
+    raise config_lib.ConfigError(f'executor.options.{name}={options[name]!r}: set executor.{name} '
+                                 'instead.')
   return _made(
       'executor.name', c.executor.name, functools.partial(executor_lib.start, c.executor.name),
-      ('submit', 'stats', 'close', 'isolation'), workers=c.executor.workers,
-      min_isolation=c.executor.min_isolation, validate_timeout_s=c.executor.validate_timeout_s,
-      score_timeout_s=c.executor.score_timeout_s, memory_mb=c.executor.memory_mb,
-      **c.executor.options.to_dict())
+      ('submit', 'stats', 'close', 'isolation'), **limits, **options)
 
 
 def _made(field: str, name: str, make: Callable[..., Any], wanted: Sequence[str],

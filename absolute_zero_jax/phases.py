@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import dataclasses
 import functools
+import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,6 +137,8 @@ class Proposals:
     pending = [f for landed in self._landed.values() for f in landed[-1]]
     attempt.verdicts = tuple(_result(f, rules, pending) for f in jobs)
     task = kind.to_task(parsed, attempt.verdicts, self._step)
+    if not isinstance(task, str):
+      _check_task(kind, task)
     attempt.status = task if isinstance(task, str) else self._refused(kind, task)
     attempt.task = task if attempt.status == 'ok' else None
     if attempt.task is not None:
@@ -185,6 +188,8 @@ class Answers:
     kind = self._kinds[task.kind]
     text, well_formed, body = _read(tools, Role.SOLVE, task.kind, sample)
     parsed = kind.parse_answer(body) if well_formed or body else None
+    if parsed is not None and not isinstance(parsed, str):
+      raise _wrong(kind, 'parse_answer', parsed, 'text, or None')
     jobs = []
     if parsed is not None:
       if (sample.request, parsed) not in self._repeated:      # a weak policy repeats itself a lot
@@ -207,11 +212,38 @@ class Answers:
       if parsed is not None:
         attempt.verdicts = tuple(_result(f, self._rules, pending) for f in jobs)
         attempt.answer = parsed
-        attempt.accuracy = float(attempt.kind.accuracy(task, parsed, attempt.verdicts))
+        attempt.accuracy = _accuracy(attempt)
         if well_formed:
           attempt.status = 'ok' if attempt.accuracy == 1 else _why_wrong(attempt.verdicts)
       out[i].append(attempt)
     return out
+
+
+def _check_task(kind, task: Any) -> None:
+  """Raises ValueError for what cannot be played, kept or recorded."""
+  right = isinstance(task, Task) and task.kind == kind.name and task.key and task.cases
+  try:
+    json.dumps(task.extra if right else None)
+  except (TypeError, ValueError):
+    right = False
+  if not right:
+    raise _wrong(kind, 'to_task', task, f'a Task of kind {kind.name!r} with a key, at least one '
+                 'case and an `extra` that JSON can hold, or text')
+
+
+def _accuracy(a: Attempt) -> float:
+  given = a.kind.accuracy(a.task, a.answer, a.verdicts)
+  try:
+    accuracy = float(given)
+  except (TypeError, ValueError):
+    accuracy = -1.0
+  if not 0 <= accuracy <= 1:               # a NaN neither
+    raise _wrong(a.kind, 'accuracy', given, 'a number in [0, 1]')
+  return accuracy
+
+
+def _wrong(kind, method: str, given: Any, wanted: str) -> ValueError:
+  return ValueError(f'the kind {kind.name!r}: {method} gave {given!r:.200}; it must give {wanted}.')
 
 
 def _propose_prompt(kind, buffer, tools: Tools, rules: Rules, rng) -> tuple[list[Task], tuple]:
@@ -275,6 +307,8 @@ def _result(future: futures.Future, rules: Rules, pending: Sequence[futures.Futu
     try:
       return future.result(timeout=rules.deadline_s)
     except futures.TimeoutError:
+      if future.done():                    # an error of the executor's own, by that name
+        return future.result()
       if sum(other.done() for other in pending) == done:
         raise RuntimeError(
             f'the executor gave no verdict within {rules.deadline_s:.0f} s; its own limits should '

@@ -3,13 +3,14 @@
 
 import types
 
+import example_kind
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scripted
 
-from absolute_zero_jax import config, parts, rewards, run, tasks
+from absolute_zero_jax import config, parts, reinforce, rewards, run, tasks
 from absolute_zero_jax.models import decoder, hf
 from absolute_zero_jax.models.config import ModelConfig
 
@@ -158,6 +159,68 @@ def test_options_of_kinds_are_passed_on():
   assert deduction.timeout_s == induction.timeout_s == 3 and deduction.composites.chance == 1
   assert 'bcrypt' in deduction.rules.banned_words and deduction.rules.clean == ('prints',)
   assert induction.source_kinds == ('deduction',)
+
+
+EQUATIONS = 'example_kind:Equations'
+
+
+def test_options_of_an_own_kind_serve_beside_built_in_ones():
+  c = _config(selfplay__kinds=('deduction', EQUATIONS),
+              selfplay__kind_options={'max_numbers': 4, 'timeout_s': 3})
+  deduction, equations = parts.kinds(c)
+  assert (deduction.timeout_s, equations.max_numbers) == (3, 4)
+  c.selfplay.kinds = (EQUATIONS,)
+  assert parts.kinds(c) == [equations]
+  assert parts.kinds(c, ('deduction',)) == [deduction]         # as held-out scoring has it
+  c.selfplay.kind_options.max_number = 4
+  with pytest.raises(config.ConfigError, match=r"no kind has an option \['max_number'\]"):
+    parts.kinds(c)
+  c.selfplay.kinds = (EQUATIONS, 'induktion')
+  with pytest.raises(config.ConfigError, match="'induktion' must be .*mean 'induction'"):
+    parts.kinds(c)
+
+
+def test_batches_of_own_kinds_go_by_their_names():
+  c = _config(selfplay__kinds=('deduction', EQUATIONS), selfplay__kind_batch={'equations': 2})
+  config.validate(c)
+  assert len(parts.kinds(c)) == 2 and len(parts.kinds(c, ('deduction',))) == 1
+  c.selfplay.kind_batch = config.ConfigDict({EQUATIONS: 2})
+  with pytest.raises(config.ConfigError, match='kind_batch: .*Equations.*deduction.*equations'):
+    parts.kinds(c)
+
+
+class Nameless(example_kind.Equations):
+  """Has the name of what it extends."""
+
+
+def test_two_kinds_of_one_name_are_refused():
+  with pytest.raises(config.ConfigError, match="names .'equations', 'equations'.; each"):
+    parts.kinds(_config(selfplay__kinds=(EQUATIONS, f'{__name__}:Nameless')))
+
+
+class Anchored(reinforce.Algorithm):
+  needs_reference = True
+
+
+def test_an_algorithm_that_needs_a_reference_is_told_where_to_set_one():
+  c = _config(algorithm__name=f'{__name__}:Anchored')
+  with pytest.raises(config.ConfigError, match="Anchored' needs .*roles.reference='base'"):
+    parts.algorithm(c)
+  c.roles.reference = 'base'
+  assert parts.algorithm(c).needs_reference
+
+
+def labelled(**given):
+  return types.SimpleNamespace(submit=None, stats=None, close=None, isolation='none', **given)
+
+
+def test_options_of_an_executor_are_no_limits():
+  c = _config(executor__name=f'{__name__}:labelled', executor__options={'name': 'x'})
+  made = parts.executor(c)
+  assert (made.name, made.memory_mb) == ('x', c.executor.memory_mb)
+  c.executor.options = config.ConfigDict({'memory_mb': 256})
+  with pytest.raises(config.ConfigError, match='options.memory_mb=256: set executor.memory_mb'):
+    parts.executor(c)
 
 
 def test_lora_targets_are_checked_without_adapters_too():

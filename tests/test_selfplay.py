@@ -7,7 +7,9 @@ import contextlib
 import random
 import threading
 import time
+import types
 
+import example_kind
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ from absolute_zero_jax.executor import Executor
 from absolute_zero_jax.sampler import Sample
 from absolute_zero_jax.tasks import identity
 from absolute_zero_jax.tasks import prompts as prompts_lib
-from absolute_zero_jax.types import Role
+from absolute_zero_jax.types import Role, Task
 
 GOOD = ('<think>x</think><answer>```python\ndef f(x):\n  return x + %d\n```\n'
         '```input\n2\n```</answer>')
@@ -277,11 +279,13 @@ def test_a_prompt_budget_drops_references_then_names_the_field(executor):
     _play(Script([GOOD % 1], _answer(True)), executor, batch=1, max_prompt_tokens=50)
 
 
+WAIT = phases.Rules(**dict.fromkeys(
+    ('batch', 'mc_samples', 'references', 'solve_source', 'draw', 'reference_draw', 'recent_steps',
+     'keep', 'refuse_duplicates', 'show_references', 'train_propose', 'mc_use',
+     'max_prompt_tokens')), deadline_s=0.3)
+
+
 def test_a_verdict_may_wait_as_long_as_others_come():
-  rules = phases.Rules(**dict.fromkeys(
-      ('batch', 'mc_samples', 'references', 'solve_source', 'draw', 'reference_draw',
-       'recent_steps', 'keep', 'refuse_duplicates', 'show_references', 'train_propose', 'mc_use',
-       'max_prompt_tokens')), deadline_s=0.3)
   pending = [futures.Future() for _ in range(5)]
   def finish():
     for future in pending:
@@ -289,7 +293,34 @@ def test_a_verdict_may_wait_as_long_as_others_come():
       future.set_result('verdict')
   with futures.ThreadPoolExecutor(1) as pool:
     pool.submit(finish)
-    assert phases._result(pending[-1], rules, pending) == 'verdict'        # after a second
+    assert phases._result(pending[-1], WAIT, pending) == 'verdict'         # after a second
     pending.append(futures.Future())
     with pytest.raises(RuntimeError, match='no verdict within'):
-      phases._result(pending[-1], rules, pending)
+      phases._result(pending[-1], WAIT, pending)
+
+
+def test_a_timeout_of_the_executors_own_is_no_wait():
+  future = futures.Future()
+  future.set_exception(TimeoutError('no answer of the service'))
+  with pytest.raises(TimeoutError, match='no answer of the service'):
+    phases._result(future, WAIT, [futures.Future()])
+
+
+EQUATION = '<think>x</think><answer>(1 + 3) * 7</answer>'
+CASE = (('1', '2'),)
+
+
+@pytest.mark.parametrize('method, given, words', [
+    ('to_task', None, "must give a Task of kind 'equations'"),
+    ('to_task', Task('deduction', '', CASE, key='k'), "must give a Task of kind 'equations'"),
+    ('to_task', Task('equations', '', CASE), 'with a key'),
+    ('to_task', Task('equations', '', (), key='k'), 'at least one case'),
+    ('to_task', Task('equations', '', CASE, key='k', extra={'x': {1}}), 'JSON can hold'),
+    ('parse_answer', ['1'], 'must give text, or None'),
+    ('accuracy', None, 'must give a number in'), ('accuracy', 3.0, 'must give a number in'),
+    ('accuracy', float('nan'), 'must give a number in')])
+def test_what_a_kind_of_ones_own_gives_is_looked_at(method, given, words, monkeypatch):
+  monkeypatch.setattr(example_kind.Equations, method, lambda *_: given)
+  with pytest.raises(ValueError, match=f"the kind 'equations': {method} gave .*{words}"):
+    _play(Script([EQUATION], lambda *_: EQUATION), types.SimpleNamespace(submit=None),
+          kinds=('example_kind:Equations',))

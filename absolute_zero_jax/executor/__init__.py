@@ -32,7 +32,7 @@ EXECUTORS: dict[str, str] = {
     'sandboxfusion': 'absolute_zero_jax.executor.sandboxfusion:SandboxFusion'}
 
 
-def start(name: str = 'local', **options: Any) -> Any:
+def start(name: str = 'local', /, **options: Any) -> Any:
   """The executor of that name, started with `options`.
 
   `name` is a key of `EXECUTORS` or 'module:name'.

@@ -79,28 +79,22 @@ KINDS: dict[str, Callable[..., Kind]] = {
 }
 
 
-def get(name: str, **options: Any) -> Kind:
+def get(name: str, beside: Sequence[str] = (), /, **options: Any) -> Kind:
   """The kind of that name, or the object `module:name`, made with `options`.
 
   A class or function is called with those of the options that it names as parameters, since one
   config serves kinds that have little in common; a ready object is taken as it is.
 
+  Args:
+    beside: names of kinds that the options are meant for too.
+
   Raises:
     ValueError: unknown name, an option that no kind has, or an object that lacks part of `Kind`.
   """
-  if ':' in name:
-    module, _, attribute = name.partition(':')
-    try:
-      made = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-      raise ValueError(f'kind {name!r} cannot be loaded: {error}.') from error
-  elif name in KINDS:
-    made = KINDS[name]
-  else:
-    raise ValueError(f'kind {name!r} must be one of {sorted(KINDS)} or module:name.')
+  made = _load(name)
   if callable(made):
-    own = set(inspect.signature(made).parameters)
-    known = own.union(*(inspect.signature(k).parameters for k in KINDS.values())) - {'name'}
+    own = _parameters(made)
+    known = own.union(*map(_parameters, (*map(_load, beside), *KINDS.values()))) - {'name'}
     if set(options) - known:
       raise ValueError(f'no kind has an option {sorted(set(options) - known)}; known are '
                        f'{sorted(known)}.')
@@ -113,3 +107,19 @@ def get(name: str, **options: Any) -> Kind:
   if missing:
     raise ValueError(f'kind {name!r} lacks {missing}; see tasks.Kind.')
   return made
+
+
+def _load(name: str) -> Any:
+  if ':' in name:
+    module, _, attribute = name.partition(':')
+    try:
+      return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+      raise ValueError(f'kind {name!r} cannot be loaded: {error}.') from error
+  if name not in KINDS:
+    raise ValueError(f'kind {name!r} must be one of {sorted(KINDS)} or module:name.')
+  return KINDS[name]
+
+
+def _parameters(made: Any) -> set[str]:
+  return set(inspect.signature(made).parameters) if callable(made) else set()
