@@ -58,8 +58,8 @@ class Programs:
   prompt_sizes: tuple[int, ...]
   cache_sizes: tuple[int, ...]
   compiled: dict[tuple, Any] = dataclasses.field(default_factory=dict)
-  # Of decoding and prefill, in the order met. Apart from `compiled`, so that a process that goes on
-  # with a run chooses as the one before it would have.
+  # Of decoding and prefill, in the order met. Apart from `compiled`, which also holds what scoring
+  # has used, so that a process that goes on with a run chooses as the one before it would have.
   shapes: dict[str, list[tuple]] = dataclasses.field(
       default_factory=lambda: {'decode': [], 'prefill': []})
   stats: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -72,9 +72,9 @@ class Programs:
       started = time.perf_counter()
       program = jax.jit(function, donate_argnums=donate).lower(*args).compile(options)
       self.compiled[key] = program
-      if key[0] in self.shapes and key[1] not in self.shapes[key[0]]:
-        self.shapes[key[0]].append(key[1])
       self.stats['compile_s'] += time.perf_counter() - started
+    if key[0] in self.shapes and key[1] not in self.shapes[key[0]]:
+      self.shapes[key[0]].append(key[1])
     return program(*args)
 
   def shape(self, width: int, size: int) -> tuple[int, int]:

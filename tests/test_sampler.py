@@ -258,6 +258,18 @@ def test_the_next_process_takes_the_shapes_that_this_one_would():
   assert other.shapes() == ours.shapes()
 
 
+def test_what_was_compiled_for_scoring_leaves_play_as_it_is():
+  ours, other = _sampler(max_programs=1), _sampler(max_programs=1)
+  long, small = [[sampler.Request(_prompt(n, n), max_new_tokens=m)] for n, m in ((90, 24), (9, 9))]
+  before = ours.shapes()
+  ours.generate(_params(), long, KEY)
+  ours.assume(before)                          # as `Run.score` does
+  for requests in (long, small):
+    got, want = (s.generate(_params(), requests, KEY) for s in (ours, other))
+    assert got == want                         # log-probs too, to the bit
+  assert ours.shapes() == other.shapes()       # entered by compiling alone: those of `small` too
+
+
 def test_prompts_and_prefixes_are_prefilled_once():
   begin = _prompt(60, 0)
   requests = [sampler.Request(begin + _prompt(n, n), samples=8) for n in (5, 6, 7)]
