@@ -3,7 +3,8 @@
 
 One orbax step directory holds `state` (arrays) and `host` (JSON). Orbax writes into a temporary
 directory and renames it, so a kill at any moment leaves the previous step whole; the directory may
-be remote (`gs://...`). Format versions are checked before anything is used.
+be remote (`gs://...`). Format versions are checked before anything is used, and the arrays' bits
+against a checksum among the JSON.
 """
 
 from collections.abc import Iterator
@@ -12,10 +13,14 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from typing import Any
+import zlib
 
 from etils import epath
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from absolute_zero_jax import metrics
@@ -35,9 +40,13 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: epath.PathLike, *, keep: int = 2):
-    self._manager = ocp.CheckpointManager(
+    make = lambda: ocp.CheckpointManager(
         metrics.absolute(workdir) / 'checkpoints', item_names=('state', 'host'),
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+    try:
+      self._manager = make()
+    except FileNotFoundError:    # a step that the process's last run was still deleting
+      self._manager = make()
 
   def latest(self) -> int | None:
     """The newest complete step, or None."""
@@ -51,7 +60,7 @@ class Checkpoints:
     """`state`: a pytree of arrays (NamedTuples stay what they are); `host`: JSON-able."""
     self._manager.save(step, force=True, args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        host=ocp.args.JsonSave({'format': FORMAT} | host)))
+        host=ocp.args.JsonSave({'format': FORMAT, 'checksum': checksum(state)} | host)))
 
   def restore_host(self, step: int) -> dict[str, Any]:
     """Raises CheckpointError for a damaged step, or one of another format."""
@@ -68,20 +77,25 @@ class Checkpoints:
 
     Raises CheckpointError for a damaged step.
     """
-    return self._restore(step, ocp.args.Composite(
+    state = self._restore(step, ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract))).state
+    # Checkpoints of earlier versions have no checksum.
+    if self.restore_host(step).get('checksum') not in (None, checksum(state)):
+      raise self._damaged(step, 'its arrays are not those that were saved')
+    return state
 
   def _restore(self, step, args):
     try:
       return self._manager.restore(step, args=args)
-    except FileNotFoundError as error:
-      if step not in self.steps():
+    except Exception as error:  # orbax raises Exception itself for bytes that it cannot read
+      if _interrupted(error):
+        raise KeyboardInterrupt from error
+      missing = isinstance(error, FileNotFoundError)
+      if missing and step not in self.steps():
         raise CheckpointError(f'there is no checkpoint {step} in {self._manager.directory}; there '
                               f'are {self.steps() or "none"}.') from error
-      raise self._damaged(step, repr(error)) from error
-    except (jax.errors.JaxRuntimeError, OSError):    # not the bytes' fault
-      raise
-    except Exception as error:  # orbax raises Exception itself for bytes that it cannot read
+      if isinstance(error, (jax.errors.JaxRuntimeError, OSError)) and not missing:
+        raise                                        # not the bytes' fault
       raise self._damaged(step, repr(error)) from error
 
   def _damaged(self, step, reason):
@@ -101,6 +115,24 @@ class Checkpoints:
     self._manager.close()
 
 
+def _interrupted(error: BaseException | None) -> bool:
+  """Whether `error` is what orbax makes of an interrupt that comes while it calls back."""
+  while error is not None and not isinstance(error, KeyboardInterrupt):
+    error = error.__cause__ or error.__context__
+  return error is not None
+
+
+def checksum(tree: Any) -> int:
+  """A number that any flipped bit of the arrays changes, and their shardings do not."""
+  # Integers, whose sum is the same in any order.
+  return zlib.crc32(np.array(jax.device_get([_sum_of_bits(x) for x in jax.tree.leaves(tree)])))
+
+
+@jax.jit
+def _sum_of_bits(x):
+  return jnp.sum(x.view(f'uint{8 * x.dtype.itemsize}'), dtype=jnp.uint32)
+
+
 def abstract_like(tree: Any) -> Any:
   """Shapes, dtypes and shardings of a tree of arrays, without the arrays."""
   return jax.tree.map(
@@ -111,7 +143,8 @@ def abstract_like(tree: Any) -> Any:
 def owned(workdir: epath.PathLike) -> Iterator[None]:
   """Keeps every other run out of a local `workdir` meanwhile, in this process and in others.
 
-  Of several hosts the first one holds it for all.
+  Removes the half-written checkpoints of a killed run from it. Of several hosts the first one holds
+  it for all.
 
   Raises:
     CheckpointError: another run is in it.
@@ -129,6 +162,8 @@ def owned(workdir: epath.PathLike) -> Iterator[None]:
       if e.errno == errno.EWOULDBLOCK:
         raise CheckpointError(f'another run is going on in {workdir}; wait for it, end it, or use '
                               'another --workdir.') from None
+    for left in (workdir / 'checkpoints').glob('*.orbax-checkpoint-tmp*'):
+      shutil.rmtree(left, ignore_errors=True)
     yield
   finally:
     os.close(handle)
@@ -159,6 +194,8 @@ def claim(workdir: epath.PathLike, config: dict[str, Any], *, free: tuple[str, .
   if free is not None:
     try:
       found = json.loads(path.read_text())
+      if not isinstance(found, dict):
+        raise ValueError(f'it holds {found!r:.60}')
     except ValueError as e:
       raise CheckpointError(f'{path} is not readable JSON ({e}); use another --workdir.') from e
     changed = [f for f in differences(found, config)

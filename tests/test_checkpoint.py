@@ -72,10 +72,13 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
   saver.close()
 
 
+def _data(step):
+  """The files that hold the array's bytes."""
+  return [p for p in (step / 'state').rglob('*') if p.is_file() and p.parent.name == 'd']
+
+
 def _truncate(step):
-  """Cuts the file that holds the array's bytes."""
-  files = [p for p in (step / 'state').rglob('*') if p.is_file() and p.parent.name == 'd']
-  for file in files:
+  for file in _data(step):
     file.write_bytes(file.read_bytes()[:20])
 
 
@@ -111,6 +114,69 @@ def test_a_damaged_step_is_named_with_the_one_before_it(tmp_path, damage):
     restore(1)
 
 
+def test_the_checksum_is_that_of_the_bits_wherever_they_are():
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  state = _state(mesh)
+  assert checkpoint.checksum(state) == checkpoint.checksum(jax.device_get(state))
+  w = np.asarray(state.params['w']).copy()
+  w.view(np.uint16)[5, 2] ^= 1
+  assert checkpoint.checksum(state) != checkpoint.checksum(state._replace(params={'w': w}))
+  assert checkpoint.checksum({'a': np.float32(0.0)}) != checkpoint.checksum({'a': np.float32(-0.0)})
+
+
+def test_a_flipped_bit_in_a_file_that_reads_as_before_is_damage(tmp_path):
+  state = {'w': jax.random.normal(jax.random.key(0), (4096,))}
+  saver = checkpoint.Checkpoints(tmp_path)
+  saver.save(1, state, {})
+  saver.wait()
+  file = max(_data(tmp_path / 'checkpoints' / '1'), key=lambda p: p.stat().st_size)
+  whole = bytearray(file.read_bytes())
+  whole[len(whole) // 2] ^= 1
+  file.write_bytes(whole)
+  with pytest.raises(checkpoint.CheckpointError, match='1 is damaged.*not those that were saved'):
+    saver.restore_state(1, checkpoint.abstract_like(state))
+  saver.close()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, monkeypatch):
+  saver = checkpoint.Checkpoints(tmp_path)
+  monkeypatch.setattr(checkpoint, 'checksum', lambda state: None)      # it had none
+  saver.save(1, {'w': jnp.ones(3)}, {})
+  saver.wait()
+  monkeypatch.undo()
+  assert saver.restore_state(1, {'w': jnp.zeros(3)})['w'].sum() == 3
+  saver.close()
+
+
+def test_an_interrupt_while_restoring_is_none_of_the_bytes(tmp_path, monkeypatch):
+  saver = checkpoint.Checkpoints(tmp_path)
+  saver.save(1, {'w': jnp.ones(3)}, {})
+  saver.wait()
+  def restore(*_, **__):             # as orbax does it
+    try:
+      raise KeyboardInterrupt
+    except KeyboardInterrupt as e:
+      raise Exception('Encountered error while reading') from e
+  with monkeypatch.context() as patch:
+    patch.setattr(saver._manager, 'restore', restore)
+    with pytest.raises(KeyboardInterrupt):
+      saver.restore_state(1, {'w': jnp.zeros(3)})
+  saver.close()
+
+
+def test_a_step_that_is_going_away_is_no_obstacle(tmp_path, monkeypatch):
+  whole, calls = checkpoint.ocp.CheckpointManager, []
+  def manager(*args, **options):
+    calls.append(args)
+    if len(calls) == 1:
+      raise FileNotFoundError('checkpoints/2')
+    return whole(*args, **options)
+  monkeypatch.setattr(checkpoint.ocp, 'CheckpointManager', manager)
+  saver = checkpoint.Checkpoints(tmp_path)
+  assert saver.latest() is None and len(calls) == 2
+  saver.close()
+
+
 def test_a_workdir_belongs_to_one_config(tmp_path):
   workdir = epath.Path(tmp_path / 'run')
   c = config.get_config()
@@ -126,6 +192,10 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
   with pytest.raises(checkpoint.CheckpointError,
                      match='optimizer.learning_rate is 1e-06 there and 1.0 here'):
     claim()
+  for text in ('[]', 'null', '{"a'):
+    (tmp_path / 'run' / 'config.json').write_text(text)
+    with pytest.raises(checkpoint.CheckpointError, match='config.json is not readable JSON'):
+      claim()
 
 
 def test_one_run_at_a_time_is_in_a_workdir(tmp_path):
@@ -137,6 +207,14 @@ def test_one_run_at_a_time_is_in_a_workdir(tmp_path):
       pass
   with checkpoint.owned(tmp_path / 'run'):
     assert list((tmp_path / 'run').iterdir()) == []
+
+
+def test_what_a_killed_save_left_goes_when_the_workdir_is_taken(tmp_path):
+  folder = tmp_path / 'checkpoints'
+  for name in ('1', '2.orbax-checkpoint-tmp', '3.orbax-checkpoint-tmp-17'):
+    (folder / name / 'state').mkdir(parents=True)
+  with checkpoint.owned(tmp_path):
+    assert [p.name for p in folder.iterdir()] == ['1']
 
 
 def test_a_killed_run_holds_its_workdir_no_longer(tmp_path):
