@@ -126,6 +126,8 @@ class Run:
     if needs_base and params is None:
       params = parts.model(c, self.key, self.mesh)[1]
     self.base = params if needs_base else None
+    # Random weights come from the seed, and from the machine in their last bits.
+    self._base_checksum = checkpoint.checksum(self.base) if needs_base and self.source else None
     self.state = None if params is None else self._start(params)
     self._merged: tuple[int, Any] | None = None
 
@@ -231,7 +233,7 @@ class Run:
     """What a checkpoint holds beside the arrays; JSON-able."""
     return {'step': self.step, 'prompts': self.prompts.hash, 'buffer': self.buffer.state(),
             'ahead': self._ahead and [dataclasses.asdict(row) for row in self._ahead[0]],
-            'shapes': self.sampler.shapes(),
+            'shapes': self.sampler.shapes(), 'base': self._base_checksum,
             'python': '.'.join(map(str, sys.version_info[:2]))}
 
   def arrays(self) -> dict[str, Any]:
@@ -242,13 +244,15 @@ class Run:
     """Continues from a checkpoint of this run.
 
     Raises:
-      checkpoint.CheckpointError: the checkpoint was made with other prompts.
+      checkpoint.CheckpointError: the checkpoint was made with other prompts, or base weights.
     """
     host = checkpoints.restore_host(step)
-    if host['prompts'] != self.prompts.hash:
-      raise checkpoint.CheckpointError(
-          f'checkpoint {step} was made with other prompts than {self.c.selfplay.prompts!r} holds '
-          'now; restore those files, or start a new --workdir.')
+    for what, then, now in (
+        (f'prompts than {self.c.selfplay.prompts!r}', host['prompts'], self.prompts.hash),
+        (f'weights than model.name={self.c.model.name!r}', host.get('base'), self._base_checksum)):
+      if then not in (None, now):         # None: without a base, or of an earlier version
+        raise checkpoint.CheckpointError(f'checkpoint {step} was made with other {what} holds now; '
+                                         'restore those files, or start a new --workdir.')
     if self.state is None:
       # Zeros of the right shapes and places: the cheapest way to the optimizer state's layout.
       self.state = self._start(sharding.zeros(

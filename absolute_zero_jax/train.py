@@ -66,6 +66,8 @@ def run(c: config_lib.ConfigDict, workdir: str | os.PathLike, *, stream=None) ->
     stack.callback(writer.close)
     # Rows of a first try that failed are none of this run's.
     history = [] if latest is None else metrics.read_history(workdir, current.step)
+    budget.score_s = next((row['time/heldout'] for row in reversed(history)
+                           if 'time/heldout' in row), 0.0)
     if current.step < c.train.steps:
       console.stamp('plays; the first iteration also compiles, which a second start need not')
     if latest is None and c.heldout.every_steps:
@@ -184,7 +186,10 @@ def _export(current: Run, path: epath.Path) -> None:
 def _print_summary(current: Run, workdir, history, console) -> None:
   console.line('')
   if current.c.heldout.every_steps:
-    console.line(report.write(workdir, history) + '\n')
+    try:
+      console.line(report.write(workdir, history) + '\n')
+    except ValueError as e:       # someone's hand in heldout/ or metrics.jsonl; the rest is whole
+      console.line(f'note: no report: {e}\n')
   history = [h for h in history if h['step']]
   console.line(f'{len(history)} iterations; means over all of them:')
   console.line(summary.final_table(history, [k.name for k in current.kinds]))

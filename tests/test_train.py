@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 from etils import epath
 import jax
 import numpy as np
 import pytest
 
-from absolute_zero_jax import checkpoint, config, grammar, records, train
+from absolute_zero_jax import checkpoint, config, grammar, metrics, records, train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -172,6 +173,54 @@ def test_scores_of_a_first_try_are_none_of_the_next(tmp_path, monkeypatch):
   monkeypatch.setattr(train, '_one_step', lambda *_: ({'heldout/same/mean/greedy': 0.5}, False))
   train.run(c, tmp_path, stream=io.StringIO())
   assert seen == [0.4, 0.5] and not any(path.exists() for path in left)
+
+
+def test_a_continued_run_knows_how_long_scoring_takes(tmp_path, monkeypatch):
+  seen = []
+  def step(current, workdir, writer, console, checkpoints, budget):
+    seen.append(budget.score_s)
+    current.step += 1
+    checkpoints.save(current.step, current.arrays(), current.host_state())
+    return {}, False
+  monkeypatch.setattr(train, '_one_step', step)
+  monkeypatch.setattr(train, '_score', lambda *_: {'time/heldout': 7.0})
+  monkeypatch.setattr(train, '_print_summary', lambda *_: None)
+  c = _config()
+  c.heldout.every_steps, c.selfplay.exclude, c.checkpoint.export = 9, 'heldout', False
+  for _ in range(2):
+    train.run(c, tmp_path, stream=io.StringIO())
+  assert seen == [0.0, 7.0]
+
+
+def test_a_finished_run_ends_well_where_its_scores_are_gone(tmp_path):
+  c, stream = _config(), io.StringIO()
+  c.heldout.every_steps = 1
+  current = types.SimpleNamespace(c=c, kinds=[], buffer=types.SimpleNamespace(sizes=dict))
+  train._print_summary(current, tmp_path, [], metrics.Console(stream))     # no metrics.jsonl
+  (tmp_path / 'heldout').mkdir()
+  (tmp_path / 'heldout' / '000000.jsonl').write_text('{"par')
+  train._print_summary(current, tmp_path, [{'step': 0}], metrics.Console(stream))
+  assert stream.getvalue().count('note: no report: ') == 2
+  assert stream.getvalue().count('written to') == 2
+
+
+def test_a_base_of_other_weights_is_refused(tmp_path):
+  from absolute_zero_jax.models import hf, loading
+  c = _config()
+  name, c.model.name, c.lora.rank = c.model.name, str(tmp_path), 2
+  def loaded(seed):
+    model, params, _ = loading.load(name, key=jax.random.key(seed))
+    hf.save(model, params, tmp_path)
+    return train.Run(c)
+  with loaded(seed=0) as run:
+    host = run.host_state()
+  with loaded(seed=1) as run:
+    restore = lambda host: run.restore(types.SimpleNamespace(restore_host=lambda step: host), 1)
+    with pytest.raises(checkpoint.CheckpointError, match='other weights than model.name='):
+      restore(host)
+    for right in (run.host_state(), host | {'base': None}):        # None: of an earlier version
+      with pytest.raises(AttributeError, match='restore_state'):   # goes on to the arrays
+        restore(right)
 
 
 def test_another_config_is_refused_in_the_same_workdir(uninterrupted):
