@@ -67,7 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     return 130
   except (ValueError, OSError, ImportError, ExecutorError) as e:
     # A truncated file, a wrong tokenizer, a full disk: the message says what and what to do.
-    return _fail(e, 1, values, f'{_place(e)}{_resume_hint(workdir, again=isinstance(e, OSError))}')
+    # CheckpointError, whose module imports JAX, says itself what is safe.
+    hint = ('' if type(e).__name__ == 'CheckpointError'
+            else _resume_hint(workdir, again=isinstance(e, OSError)))
+    return _fail(e, 1, values, f'{_place(e)}{hint}')
   except RuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise

@@ -82,8 +82,7 @@ class Writer:
     self._events.add_event(event_pb2.Event(
         wall_time=time.time(), step=first_step,
         session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
-    lines = self._jsonl.read_text().splitlines() if self._jsonl.exists() else []
-    self._lines = [x for x in lines if _step_of(x) < first_step]
+    self._lines = [x for x in _lines_of(self._jsonl) if _step_of(x) < first_step]
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """One row of numbers, rounded to 6 digits in metrics.jsonl; durable after `flush`."""
@@ -138,8 +137,7 @@ def write_atomically(path: epath.PathLike, text: str) -> None:
 
 def read_history(workdir: epath.PathLike, last_step: int) -> list[dict[str, float]]:
   """The scalars of the iterations up to `last_step` that an interrupted run has written."""
-  path = epath.Path(workdir) / 'metrics.jsonl'
-  lines = path.read_text().splitlines() if path.exists() else []
+  lines = _lines_of(epath.Path(workdir) / 'metrics.jsonl')
   return [json.loads(x) for x in lines if _step_of(x) <= last_step]
 
 
@@ -202,8 +200,13 @@ def _cell(x: object) -> str:
   return f'{x:.3g}' if isinstance(x, float) else str(x)
 
 
+def _lines_of(path: epath.Path) -> list[str]:
+  return path.read_bytes().decode(errors='replace').splitlines() if path.exists() else []
+
+
 def _step_of(line: str) -> float:
   try:
-    return json.loads(line)['step']
+    step = json.loads(line)['step']
+    return step if isinstance(step, int | float) else math.inf
   except (ValueError, KeyError, TypeError):
     return math.inf     # a torn line of an older writer: drop it

@@ -82,6 +82,19 @@ def test_an_interrupt_says_what_is_saved(tmp_path, monkeypatch, capsys):
   assert signal.getsignal(signal.SIGINT) is before                       # a notebook goes on
 
 
+def test_a_damaged_checkpoint_is_not_called_safe(tmp_path, monkeypatch, capsys):
+  from absolute_zero_jax import checkpoint, train
+
+  def damaged(*_):
+    raise checkpoint.CheckpointError('checkpoint 4 is damaged')
+  monkeypatch.setattr(train, 'run', damaged)
+  (tmp_path / 'checkpoints' / '4').mkdir(parents=True)
+  argv = ['x', '--config', str(ROOT / 'configs/tiny.py'), '--workdir', str(tmp_path)]
+  assert main.main(argv) == 1
+  said = capsys.readouterr().err
+  assert said.startswith('error: checkpoint 4 is damaged.') and 'safe' not in said
+
+
 def test_a_process_runs_several_command_lines_each_with_its_own_overrides(monkeypatch, capsys):
   monkeypatch.setattr(sys, 'argv', ['ipykernel_launcher', '--f=kernel.json'])   # of a notebook
   start = ['x', '--config', str(ROOT / 'configs/smoke.py'), '--dry_run']

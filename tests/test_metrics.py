@@ -85,3 +85,11 @@ def test_a_workdir_may_lie_at_home(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))      # the shell leaves the ~ of --workdir=~/runs
   assert metrics.absolute('~/runs') == epath.Path(tmp_path / 'runs')
   assert metrics.absolute('gs://bucket/~/runs') == epath.Path('gs://bucket/~/runs')
+
+
+def test_lines_that_nobody_can_read_are_dropped(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": null}\n[]\n{"step": 1, "a\xff": 2.0}\n{"step": "2"}\n\xff\n')
+  assert metrics.read_history(tmp_path, 9) == [{'step': 1, 'a\ufffd': 2.0}]
+  _write(tmp_path, 2, [2])
+  assert [row['step'] for row in metrics.read_history(tmp_path, 9)] == [1, 2]
