@@ -159,6 +159,42 @@ def test_a_prompt_without_contrast_stays_at_zero_beside_others(name):
   assert adv_BT[3, 0] > 0 > adv_BT[4, 0]
 
 
+def test_lone_rows_of_equal_rewards_get_exactly_zero_beside_a_prompt_with_contrast():
+  # Of rewards of 0.1 a mean over tokens is another number by rounding.
+  r = _rollout([0.1, 0.1, 0.1, 1, 0], [1, 1, 1, 2, 2], prompt=[0, 1, 2, 3, 3])
+  adv_BT = advantages.trr_prompt(r)
+  assert not adv_BT[:3].any() and adv_BT[3:].any()
+
+
+PROMPT_WHITENED = ('trr_prompt', 'reinforce_plus_plus_baseline')
+
+
+@pytest.mark.parametrize('name', PROMPT_WHITENED)
+def test_a_prompt_of_equal_scores_gets_zero_also_where_rewards_are_per_token(name):
+  r = _rollout([0, 0, 1, 0], [2, 2, 2, 2], prompt=[0, 0, 1, 1])
+  r.reward_BT[:2] = [[1, 0], [0, 1]]
+  adv_BT = advantages.ESTIMATORS[name](r)
+  assert not adv_BT[:2].any() and adv_BT[2:].any()
+
+
+@pytest.mark.parametrize('name', PROMPT_WHITENED)
+def test_a_penalty_counts_where_all_answers_earn_the_same(name):
+  penalty_BT = np.zeros((4, 3))
+  penalty_BT[0, 1] = -0.5
+  r = _rollout([1, 1, 1, 1], [3, 3, 3, 3], prompt=[0, 0, 1, 1], penalty=penalty_BT)
+  adv_BT = advantages.ESTIMATORS[name](r)
+  assert adv_BT[0, 0] < adv_BT[1, 0] and adv_BT[0, 0] < adv_BT[0, 2]
+
+
+@pytest.mark.parametrize('name', sorted(advantages.ESTIMATORS))
+def test_a_penalty_outside_the_mask_counts_for_nothing(name):
+  r, penalty_BT = _random(2), 0.1 * _random(5).reward_BT
+  got_BT, want_BT = (
+      advantages.ESTIMATORS[name](r._replace(penalty_BT=x))
+      for x in (penalty_BT + 7 * (1 - r.mask_BT), penalty_BT * r.mask_BT))
+  np.testing.assert_array_equal(got_BT, want_BT)
+
+
 def test_rewards_per_token_return_to_the_tokens_before_them():
   r = _rollout([0, 0], [3, 2])
   r.reward_BT[:] = [[1, 0, 2], [0, -1, 0]]
@@ -191,6 +227,14 @@ def test_aggregations_by_hand():
   for weights_BT in (token, sequence):
     assert weights_BT[r.mask_BT == 0].sum() == 0
     np.testing.assert_allclose(weights_BT.sum(), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize('weights', [
+    advantages.sequence_mean, lambda r: advantages.constant(r, tokens=4)])
+def test_rows_without_a_trained_token_have_no_share_of_the_mean(weights):
+  r = _rollout([1, 2, 3], [2, 4, 4])
+  r.mask_BT[2] = 0
+  np.testing.assert_array_equal(weights(r)[:2], weights(reinforce.take(r, np.array([0, 1]))))
 
 
 def test_role_microbatch_is_the_mean_of_24_micro_batch_means():

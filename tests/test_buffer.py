@@ -73,6 +73,20 @@ def test_a_reservoir_keeps_every_task_with_equal_chance():
   assert np.abs(kept - 100).max() < 40
 
 
+def test_a_reservoir_of_one_keeps_the_first_of_two_half_of_the_time():
+  kept = [_filled([1, 1], capacity=1, eviction='reservoir', seed=seed).tasks('deduction')[0].key
+          for seed in range(200)]
+  assert 70 < kept.count('deduction0') < 130
+
+
+def test_reservoirs_of_kinds_choose_by_themselves():
+  made = buffer.TaskBuffer(capacity=5, eviction='reservoir')
+  for number in range(60):
+    made.extend(_task(number, kind=kind) for kind in KINDS[:2])
+  kept = [[task.program for task in made.tasks(kind)] for kind in KINDS[:2]]
+  assert kept[0] != kept[1]
+
+
 def test_max_new_takes_new_ones_first_and_repeats_nothing():
   made = _filled([0] * 5 + [3] * 2 + [4] * 2)
   drawn = made.draw('deduction', _rng(), 6, step=5)
@@ -95,6 +109,14 @@ def test_half_new_takes_at_most_half():
                                                     strategy='half_new')) for s in range(50)]
   assert min(firsts) == 4
   assert np.mean(firsts) < 5.5          # 4 + 4 * 6/56 = 4.4; max_new gives 8
+
+
+@pytest.mark.parametrize('strategy, least', [('max_new', 2), ('half_new', 2)])
+def test_seeds_are_never_new(strategy, least):
+  made = _filled([0] * 20 + [1, 1])
+  for seed in range(8):
+    drawn = made.draw('deduction', _rng(seed), 4, step=1, strategy=strategy, recent_steps=9)
+    assert sum(task.born_step == 1 for task in drawn) >= least
 
 
 def test_step_weights_new_tasks_and_never_seeds():

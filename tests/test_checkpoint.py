@@ -198,6 +198,15 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
       claim()
 
 
+def test_only_a_section_frees_what_begins_with_its_name(tmp_path):
+  claim = lambda values, free=('log',): checkpoint.claim(
+      tmp_path, values, free=free, differences=config.differences)
+  claim({'log': {'a': 1}, 'logs': 1}, free=None)
+  claim({'log': {'a': 2}, 'logs': 1})
+  with pytest.raises(checkpoint.CheckpointError, match='logs is 1 there and 2 here'):
+    claim({'log': {'a': 2}, 'logs': 2})
+
+
 def test_one_run_at_a_time_is_in_a_workdir(tmp_path):
   with checkpoint.owned(tmp_path / 'run'):
     with pytest.raises(checkpoint.CheckpointError, match='another run is going on in .*run'):

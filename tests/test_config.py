@@ -111,12 +111,26 @@ def test_an_unknown_field_is_named_with_what_is_allowed():
     ({'heldout.kinds': ('deduction', 'deduction')}, 'heldout.kinds='),
     ({'executor.workers': 2000}, 'executor.workers=2000 .*at most 1024'),
     ({'executor.score_timeout_s': 100.0}, 'executor.score_timeout_s=100.0 must be 0.01 to 60'),
+    ({'selfplay.mc_use': 'reuse', 'selfplay.solve_source': 'lagged'}, "mc_use='reuse'"),
+    ({'train.length_buckets': (64, 149), 'sampler.max_prompt_tokens': 100,
+      'sampler.max_propose_tokens': 50, 'sampler.max_solve_tokens': 20}, 'must reach 150'),
+    ({'train.length_buckets': (64, 149), 'sampler.max_prompt_tokens': 100,
+      'sampler.max_propose_tokens': 20, 'sampler.max_solve_tokens': 50}, 'must reach 150'),
+    ({'command': 'pretrain', 'pretrain.questions': 5, 'selfplay.induction_cases': 4},
+     'pretrain.questions=5'),
 ])
 def test_fields_that_contradict_each_other_are_refused(change, words):
   c = config.get_config()
   c.update_from_flattened_dict(change)
   with pytest.raises(config.ConfigError, match=words):
     config.validate(c)
+
+
+def test_buckets_that_just_reach_are_taken():
+  c = config.get_config()
+  c.train.length_buckets, c.sampler.max_prompt_tokens = (64, 150), 100
+  c.sampler.max_propose_tokens, c.sampler.max_solve_tokens = 50, 20
+  config.validate(c)
 
 
 def _refuses(check, options):

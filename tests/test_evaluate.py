@@ -196,6 +196,16 @@ def test_held_out_tasks_are_of_every_kind_and_part():
   assert all(t.shown == 3 for t in todo if t.kind == 'induction')
 
 
+@pytest.mark.parametrize('cases, shown', [(4, 2), (5, 2), (6, 3)])
+def test_held_out_inductions_show_the_half_that_self_play_shows(cases, shown):
+  task, = evaluate.held_out_tasks(1, 1, 'same', kinds=('induction',), cases=cases)
+  assert (len(task.cases), task.shown) == (cases, shown)
+
+
+def test_the_table_shows_half_the_width_of_an_interval():
+  assert '50.0 ±10.0' in evaluate.table({'same/deduction': {'greedy': [0.5, 0.4, 0.6]}})
+
+
 def test_self_play_refuses_programs_of_the_test_side(service):
   rng = random.Random(4)
   test, free = grammar.test_set(3, 1)[0], grammar.example(rng)

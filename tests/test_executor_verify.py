@@ -1,41 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trusted rules, driven with reports written by hand: no process is started here."""
 
-import ast
-import gc
-import json
 import socket
 import struct
 
 import hypothesis
 from hypothesis import strategies as st
 import pytest
+from trials import drive as _drive
+from trials import trial as _trial
+from trials import value as _value
 
 from absolute_zero_jax.executor import reports, values, verify, workers
 from absolute_zero_jax.types import Job, Status
 
 _F = 'def f(x):\n  return x\n'
-
-
-def _value(*results):
-  return [['v', values.encode(r)] for r in results]
-
-
-def _trial(job, **rules):
-  return verify.Trial(job, verify.Rules(**rules), verify.Cache(100))
-
-
-def _drive(trial, *written):
-  """Feeds reports, in order, to the units as they come; returns the verdict and the units."""
-  units, written = [], list(written)
-  while trial.verdict is None:
-    for unit in trial.take():
-      units.append(unit)
-      frames, end = written.pop(0) if type(written[0]) is tuple else (written.pop(0), Status.OK)
-      frames = tuple(reports.understand(json.dumps(frame).encode(), unit) for frame in frames)
-      trial.feed(unit, reports.Report(frames, end, '' if end is Status.OK else end.value))
-  assert not written
-  return trial.verdict, units
 
 
 def test_validation_is_two_calls_in_one_process_and_one_in_another():
@@ -296,42 +275,15 @@ def test_a_call_of_f_as_input_is_replaced_by_its_value():
   assert _trial(Job('run', _F, ('f(1)',))).verdict.status is Status.REJECTED
 
 
-def test_outcomes_are_remembered_but_not_those_of_a_shorter_limit():
-  cache, rules = verify.Cache(10), verify.Rules()
-  _drive(
-    verify.Trial(Job('run', _F, ('1', '2')), rules, cache),
-    ([_value(1)], Status.TIMEOUT), ([], Status.TIMEOUT),
-  )
-  assert verify.Trial(Job('run', _F, ('1', '2'), ('1', '2')), rules, cache).verdict.runs[0].matches
-  assert cache.hits == 2
-  assert verify.Trial(Job('run', _F, ('2',), timeout_s=9.0), rules, cache).verdict is None
-
-
-def test_a_remembered_refusal_keeps_nothing_of_the_program_alive():
-  cache, rules = verify.Cache(10), verify.Rules()
-  program = 'def f(of_a_refused_program):\n  return eval("1")'
-  refusals = [verify.Trial(Job('run', program, ('1',)), rules, cache).verdict for _ in range(3)]
-  assert {(v.status, v.error) for v in refusals} == {(Status.REJECTED, 'name eval')}
-  gc.collect()
-  assert not [o for o in gc.get_objects()
-              if isinstance(o, ast.arg) and o.arg == 'of_a_refused_program']
-
-
-def test_a_validated_gold_is_remembered():
-  cache, rules = verify.Cache(10), verify.Rules()
-  _drive(verify.Trial(Job('validate', _F, ('1',)), rules, cache), [_value(1, 1)], [_value(1)])
-  assert verify.Trial(Job('run', _F, ('1',), ('1',)), rules, cache).verdict.runs[0].matches
-
-
-def test_of_a_long_output_the_text_alone_is_remembered():
-  cache, value = verify.Cache(10), [{0}] * 100
-  expected = values.text(value).replace(' ', '')
-  answers = (expected, expected.replace('0', '1', 1))
-  _drive(verify.Trial(Job('run', _F, ('1',)), verify.Rules(), cache), [_value(value)])
-  assert type(cache.get((_F, '1', False)).value) is object
-  for answer, matches in zip(answers, (True, False)):
-    trial = verify.Trial(Job('run', _F, ('1',), (answer,)), verify.Rules(), cache)
-    assert trial.verdict.runs[0].matches is matches and cache.hits
+@pytest.mark.parametrize('depth, status', [(4, Status.OK), (5, Status.REJECTED)])
+def test_an_input_may_call_f_four_times(depth, status):
+  # As if f added one to what it is given: f(1) is 2, and f(f(1)) is 3.
+  nested = [[_value(n)] for n in range(2, 6)]
+  rest = [[_value(6, 6)], [_value(6)]] if status is Status.OK else []
+  given = 'f(' * depth + '1' + ')' * depth
+  verdict, _ = _drive(_trial(Job('validate', _F, (given,))), *nested, *rest)
+  assert verdict.runs[0].status is status
+  assert verdict.runs[0].input == ('5' if status is Status.OK else '')
 
 
 def test_the_key_ignores_comments_and_input_spelling():

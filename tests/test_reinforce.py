@@ -143,6 +143,39 @@ def test_every_named_algorithm_works_and_estimators_have_one_each():
     hash(a)
 
 
+@pytest.mark.parametrize('name, aggregation', [
+    ('trr_plus_plus', 'role_microbatch'), ('trr_prompt', 'role_microbatch'),
+    ('grpo', 'sequence'), ('rloo', 'sequence'), ('pass_at_k', 'sequence'),
+    ('dr_grpo', 'constant'), ('opo', ''), ('reinforce_plus_plus', ''),
+    ('reinforce_plus_plus_baseline', '')])
+def test_every_algorithm_has_the_aggregation_of_its_paper(name, aggregation):
+  assert reinforce.get(name, aggregation_tokens=50).aggregation == aggregation
+
+
+@pytest.mark.parametrize('fields, weights', [
+    ({'aggregation': 'token'}, advantages.token_mean),
+    ({'aggregation': 'sequence'}, advantages.sequence_mean),
+    ({'aggregation': 'constant', 'aggregation_tokens': 50},
+     lambda r: advantages.constant(r, tokens=50)),
+    ({'aggregation': 'role_microbatch', 'aggregation_rows': 3},
+     lambda r: advantages.role_microbatch(r, rows=3)),
+    ({'aggregation': 'role_microbatch'}, advantages.role_microbatch)])
+def test_the_aggregation_named_is_the_one_computed(fields, weights):
+  r = _random(4)
+  np.testing.assert_array_equal(reinforce.get('trr_plus_plus', **fields).weights(r), weights(r))
+
+
+@pytest.mark.parametrize('whiten_by', ['global', 'role', 'role_kind'])
+@pytest.mark.parametrize('name', ['trr_plus_plus', 'trr_prompt', 'reinforce_plus_plus',
+                                  'reinforce_plus_plus_baseline'])
+def test_whitening_is_done_as_the_fields_say(name, whiten_by):
+  r = _random(4)
+  made = reinforce.get(name, whiten_by=whiten_by, whiten_count='sequence')
+  np.testing.assert_array_equal(
+      made.advantages(r, ('propose', 'solve')),
+      advantages.ESTIMATORS[name](r, whiten_by=whiten_by, count='sequence'))
+
+
 def half_reward(r):
   return (0.5 * r.reward_BT).astype(np.float32)
 

@@ -106,6 +106,12 @@ def test_answer_diversity(kind, value, flat, hierarchical):
   assert intrinsic.answer_diversity(COUNTS, kind, value, hierarchical=True) == hierarchical
 
 
+@pytest.mark.parametrize('hierarchical, want', [(False, 0.625), (True, 0.375)])
+def test_diversity_counts_by_type_first_where_the_config_says_so(hierarchical, want):
+  made = rewards.get(intrinsic={'answer_diversity': (1.0, 1.0)}, hierarchical=hierarchical)
+  assert made.propose(_attempt(), {'outputs': COUNTS})[1]['answer_diversity'] == want
+
+
 def test_answer_diversity_of_an_empty_store_is_full():
   assert intrinsic.answer_diversity({}, 'int', '1') == 1
   assert intrinsic.answer_diversity({}, 'int', '1', hierarchical=True) == 1

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that meet valid tasks: presets, options of an iteration, seed generation, what is logged.
+"""Runs that meet valid tasks: presets, options of an iteration, what is logged.
 
 The model is random and real, its update too; `scripted.Sampler` writes what it says.
 """
 
 import collections
 import dataclasses
-import importlib.util
 import io
 import json
-import math
 import pathlib
 
 from etils import epath
@@ -17,61 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scripted
+import scripted_runs
+from scripted_runs import play as _play
+from scripted_runs import smoke as _smoke
 
 from absolute_zero_jax import buffer as buffer_lib
-from absolute_zero_jax import config, learner, metrics, parts, records, run, seeding, train
+from absolute_zero_jax import config, learner, parts, records, run, seeding, train
 from absolute_zero_jax.models import decoder
 from absolute_zero_jax.types import Role
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope='module')
-def prompts(tmp_path_factory):
-  return scripted.prompt_folder(tmp_path_factory.mktemp('prompts') / 'set')
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  mesh = run.sharding.make_mesh(devices=jax.devices()[:1])
-  monkeypatch.setattr(run.sharding, 'make_mesh', lambda **sizes: mesh)
-
-
-@pytest.fixture
-def make(monkeypatch, prompts):
-  """make(preset, **changes) -> config of a tiny run whose sampler is scripted."""
-  monkeypatch.setattr(parts.sampler_lib, 'Sampler', scripted.Sampler)
-
-  def build(preset='azr', **changes):
-    c = _smoke(preset)
-    c.selfplay.prompts, c.selfplay.batch, c.selfplay.mc_samples = prompts, 4, 4
-    c.optimizer.learning_rate, c.checkpoint.export = 1e-3, False
-    c.executor.workers = 2
-    for field, value in changes.items():
-      section, _, name = field.partition('__')
-      c[section][name] = value
-    return c
-  return build
-
-
-def _smoke(preset):
-  """configs/smoke.py with a model that compiles faster still."""
-  spec = importlib.util.spec_from_file_location('smoke', ROOT / 'configs' / 'smoke.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  c = module.get_config(f'preset={preset}')
-  c.model.name = 'random:llama,vocab=259,embed=16,layers=1,heads=1,kv_heads=1,head_dim=16,ffn=16'
-  c.model.remat = 'none'
-  return c
-
-
-def _play(c, steps=1, learns=False):
-  """The iterations and the run; without `learns` the updates are left out, to save compiling."""
-  with run.Run(c) as current:
-    if not learns:
-      current._update = lambda episodes: (episodes, {})
-    return [current.iterate() for _ in range(steps)], current
+prompts, one_device = scripted_runs.prompts, scripted_runs.one_device
+make = scripted_runs.make
 
 
 def _born(iteration):
@@ -191,32 +145,6 @@ def test_reuse_generates_only_what_is_short(make):
     config.validate(c)
 
 
-def test_what_would_go_unseen_is_said(make):
-  c, said = make(), []
-  for c.sampler.max_prompt_tokens in (1024, 8192):           # the model has 2,048 positions
-    with run.Run(c, progress=said.append):
-      assert any('the model was made for' in line for line in said) == (
-          c.sampler.max_prompt_tokens > 2048)
-  row = {'train/loss': 0.0, 'train/grad_norm': 0.0, 'train/entropy': 0.0, 'time/iteration': 1.0,
-         'sampler/tokens_per_s': 1.0}
-  for skipped in (0.0, 1.0):
-    line = run.summary.step_line(1, 1, row | {'train/skipped_updates': skipped}, [])
-    assert ('not finite' in line) == bool(skipped)
-  mean = metrics.Mean()
-  for name, value in (row | {'train/grad_norm': math.inf, 'train/skipped_updates': 1.0}).items():
-    mean.add(name, value)
-  assert 'not finite' in run.summary.step_line(1, 1, mean.result(), [])
-  c = make(selfplay__mc_samples=1)
-  with run.Run(c, progress=said.append):
-    assert any('mc_samples=1' in line for line in said)
-
-
-def test_words_with_signs_are_found():
-  find = run.summary._word_finder(('C++', '<escape>', 'take over', '#hack'))
-  texts = ['I use C++ here', 'an <escape> tag', 'Take Over', 'a #hack', 'xC++', 'take overs']
-  assert [find(text) for text in texts] == [True] * 4 + [False] * 2
-
-
 def test_the_update_trains_the_distribution_that_was_drawn_from(make):
   ids = [5, 9, 7, 11, 13]
   with run.Run(make(sampler__temperature=0.5)) as current:
@@ -308,38 +236,6 @@ def test_a_play_without_rows_leaves_the_policy_alone(make, tmp_path):
   assert 'no update' in run.summary.step_line(1, 1, iteration.metrics, ['deduction'])
 
 
-def test_generated_seeds_load_again_equal(make, tmp_path, capsys, monkeypatch):
-  c = make(seeding__tasks=6, seeding__clean=('comments',))
-  c.command = 'seed'
-  written = train.run(c, tmp_path / 'a')
-  assert 'pairs.jsonl: 6 tasks' in capsys.readouterr().out
-  assert sorted(p.name for p in (tmp_path / 'a').rglob('*.*')) == [
-      'config.json', 'induction.jsonl', 'pairs.jsonl']
-  c = make(selfplay__seeds=str(tmp_path / 'a' / 'seeds'))
-  with run.Run(c) as current:
-    for kind in c.selfplay.kinds:
-      made, read = written.buffer.tasks(kind)[:6], current.buffer.tasks(kind)
-      assert made == read and len(read) == 6
-      assert not any('#' in task.program for task in read)
-    assert [t.program for t in current.buffer.tasks('deduction')] == [
-        t.program for t in current.buffer.tasks('abduction')]
-  monkeypatch.setattr(scripted, '_response', lambda prompt, rng: 'no</think> answer</answer>')
-  c = make(seeding__tasks=6, seeding__patience=2)
-  c.command = 'seed'
-  stream = io.StringIO()
-  left = tmp_path / 'b' / 'seeds' / 'induction.jsonl'      # of an earlier run of more kinds
-  left.parent.mkdir(parents=True)
-  left.write_text('{}')
-  c.selfplay.kinds = ('deduction', 'abduction')
-  train.run(c, tmp_path / 'b', stream=stream)          # gives up, and says what it has
-  assert not left.exists()
-  assert stream.getvalue().count('seeds: 1 of 6') == 2
-  assert 'pairs.jsonl: 1 tasks; 6 were asked for' in stream.getvalue()
-  c.selfplay.kinds = ('error',)
-  with pytest.raises(config.ConfigError, match='seed files hold'):
-    config.validate(c)
-
-
 def test_every_kind_and_a_users_own_play_side_by_side(make, monkeypatch):
   monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent))
   c = make(selfplay__kinds=('deduction', 'error', 'example_kind:Equations'))
@@ -381,47 +277,3 @@ def test_the_wrapper_and_the_format_test_are_a_matter_of_config(make):
     assert current.prompts.wrapper == 'none'
 
 
-HELDOUT = {'selfplay__exclude': 'heldout', 'heldout__every_steps': 2, 'heldout__count': 4,
-           'heldout__samples': 2, 'heldout__parts': ('same',), 'selfplay__induction_cases': 6}
-
-
-def _rows(workdir):
-  lines = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return {x['step']: {k: v for k, v in x.items() if k.startswith('heldout/')} for x in lines}
-
-
-def test_scoring_on_the_way_changes_nothing_and_resumes(make, tmp_path):
-  text = io.StringIO()
-
-  def play(name, **changes):
-    c = make(**HELDOUT | {'selfplay__kinds': ('deduction',), 'train__steps': 3} | changes)
-    c.checkpoint.every_steps = 3
-    return train.run(c, tmp_path / name, stream=text)
-  whole, without = play('whole'), play('without', heldout__every_steps=0)
-  # The clock ends the first part after an iteration, which it saves.
-  assert play('parts', train__minutes=1e-6).step == 1
-  assert 'are over after iteration 1;' in text.getvalue()
-  resumed = play('parts')
-  for other in (without, resumed):
-    assert other.host_state() == whole.host_state()
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(other.state),
-                 jax.device_get(whole.state))
-  rows, again = _rows(tmp_path / 'whole'), _rows(tmp_path / 'parts')
-  # At the start, every two iterations, and at the end; the first part of the other ended after one.
-  assert {step for step, row in rows.items() if row} == {0, 2, 3}
-  assert {step for step, row in again.items() if row} == {0, 1, 2, 3}
-  assert all(again[step] == row for step, row in rows.items() if row)
-  last = rows[3]
-  for kind in ('deduction', 'abduction', 'induction', 'mean'):    # all kinds, whatever is played
-    for quantity in ('greedy', 'sampled', 'pass@2', 'tokens'):
-      name = f'heldout/same/{kind}/{quantity}'
-      assert last[f'{name}_low'] <= last[name] <= last[f'{name}_high']
-  assert 0 < last['heldout/same/mean/sampled'] <= last['heldout/same/mean/pass@2']
-  assert sorted(p.name for p in (tmp_path / 'whole' / 'heldout').iterdir()) == [
-      '000000.jsonl', '000002.jsonl', '000003.jsonl']
-  assert not any(_rows(tmp_path / 'without').values())
-
-
-def test_programs_that_are_scored_must_be_excluded(make):
-  with pytest.raises(config.ConfigError, match="selfplay.exclude='heldout'"):
-    config.validate(make(**HELDOUT | {'selfplay__exclude': ''}))

@@ -131,6 +131,12 @@ def test_sums_that_grow_by_rounding_draw_nothing_impossible(monkeypatch):
   assert picked_B.tolist() == [0, 4, 5, 5]
 
 
+def test_the_smallest_top_p_keeps_the_best_token():
+  logits_V = np.array([0.0, 3.0, 1.0], np.float32)
+  tokens, sampler, _ = _many(logits_V, np.ones(3, bool), sampling.options(top_p=1e-40), draws=1000)
+  assert set(tokens) == {1} and not sampler.any()
+
+
 def test_tiny_temperature_is_greedy_without_overflow():
   logits_V, allowed_V = _case(512)
   tokens, sampler, _ = _many(logits_V, allowed_V, sampling.options(temperature=1e-4), draws=1000)

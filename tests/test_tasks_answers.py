@@ -30,6 +30,17 @@ def test_an_answer_in_words_is_read(answer, want):
   assert tasks.get('abduction').parse_answer(answer) == text.arguments(want)
 
 
+_IN_LABEL, _IN_LINE = '```output\n1\n```\n', '# Output: 2\n'
+_IN_WORDS, _IN_BLOCK = 'The output is 3\n', '```\n4\n```\n'
+
+
+@pytest.mark.parametrize('answer, want', [
+    (_IN_LABEL + _IN_LINE + _IN_WORDS + _IN_BLOCK, '1'), (_IN_LINE + _IN_WORDS + _IN_BLOCK, '2'),
+    (_IN_WORDS + _IN_BLOCK, '3'), ('So\n' + _IN_BLOCK, '4'), (2 * _IN_BLOCK + _IN_LABEL, '1')])
+def test_of_several_ways_to_answer_the_plainest_counts(answer, want):
+  assert tasks.get('deduction').parse_answer(answer) == want
+
+
 @pytest.mark.parametrize('given, want', [
     ("''.join(['A'] * 3)", "'AAA'"), ("'$x'.upper(), '$'", "'$X', '$'"),
     ('sorted([3, 1])', '[1, 3]'), ('[i for i in range(3)]', None), ('open(1)', None),
@@ -44,6 +55,13 @@ def test_an_abduction_may_work_out_constants_and_search_for_none(given, want):
     ('sorted([3, 1])', '[1, 3]'), ('[i for i in range(3)]', '[0, 1, 2]'), ("'x'.upper()", "'X'")])
 def test_a_proposed_input_may_be_worked_out(given, want):
   answer = f'```python\n{SOURCE}\n```\n```input\n{given}\n```'
+  assert tasks.get('deduction').parse_proposal(answer, ()).inputs == (want,)
+
+
+@pytest.mark.parametrize('block, call, want', [
+    ('```input\n1\n```\n', '\nf(2)', '1'), ('', '\nf(2)', '2'), ('', '', '3')])
+def test_an_input_block_goes_before_a_call_and_a_call_before_a_line(block, call, want):
+  answer = f'{block}```python\ndef f(x):\n  return x{call}\n```\n# Input: 3\n'
   assert tasks.get('deduction').parse_proposal(answer, ()).inputs == (want,)
 
 

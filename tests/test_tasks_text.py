@@ -51,6 +51,7 @@ TRUTH = {
     'text after': ('<think>a</think><answer>b</answer> c', False, True),
     'two answers': ('<think>a</think><answer>b</answer><answer>c</answer>', False, True),
     'two think closes': ('<think>a</think>b</think><answer>c</answer>', False, True),
+    'answer opened twice': ('<think>a</think><answer>b<answer>c</answer>', False, True),
     'answer tag in think': ('<think>a <answer> b</think><answer>c</answer>', True, True),
     'text between': ('<think>a</think> b <answer>c</answer>', False, False),
     'open answer': ('<think>a</think><answer>b', False, False),

@@ -172,6 +172,17 @@ def test_bos_pad_and_stops_follow_the_model(qwen_dir, llama3_dir):
     qwen.encode('a', bos=True)
 
 
+@pytest.mark.parametrize('special', [False, True])
+def test_a_turn_end_that_is_an_ordinary_token_ends_nothing(special):
+  spec = dict(tokenizer.byte_tokenizer()._spec)
+  del spec['post_processor']
+  end = tokenizer_spec.added_token(259, '<|im_end|>', special=special)
+  made = tokenizer.Tokenizer(tokenizer_spec.Source(
+      'here', spec | {'added_tokens': [*spec['added_tokens'], end]},
+      {'eos_token': '<eos>', 'pad_token': '<pad>'}, adds_bos=False))
+  assert made.stop_ids == ({258, 259} if special else {258})
+
+
 def test_bos_is_never_doubled(llama3_dir):
   ours = tokenizer.load(llama3_dir)
   text = ours.chat([{'role': 'user', 'content': 'hi'}])

@@ -250,6 +250,8 @@ def test_only_exact_builtin_types_are_plain(value, name):
     ({1, 'a'}, {1.0, 'a'}, False, True),
     (range(3), range(0, 3, 1), True, True),
     (range(0), range(5, 5), True, True),
+    (range(3, 4), range(3, 9, 7), True, True),
+    (range(3, 5), range(3, 6, 2), False, False),
     (range(3), [0, 1, 2], False, False),
     ([], (), False, False),
     ({}, set(), False, False),
@@ -261,6 +263,15 @@ def test_only_exact_builtin_types_are_plain(value, name):
 def test_equality_table(a, b, strict, loose):
   assert values.equal(a, b, 'strict') is values.equal(b, a, 'strict') is strict
   assert values.equal(a, b, 'loose') is values.equal(b, a, 'loose') is loose
+
+
+@pytest.mark.parametrize(
+  'value', [complex(0.0, -2.0), complex(-0.0, -2.0), complex(-0.0, 2.0), complex(1, -0.0)]
+)
+def test_the_text_of_a_complex_number_keeps_the_signs_of_its_zeros(value):
+  read = literals.parse_value(values.text(value))
+  for got, want in ((read.real, value.real), (read.imag, value.imag)):
+    assert (got, math.copysign(1, got)) == (want, math.copysign(1, want))
 
 
 def test_sets_are_shown_in_one_order_and_dicts_in_their_own():
