@@ -2,6 +2,7 @@
 """The update against a plain loss and torch; independence of layout and devices; edge cases."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -240,6 +241,46 @@ def test_bfloat16_weights_move_by_less_than_their_resolution(params):
   # A step of 1e-4 is below half a bfloat16 step of weights above 0.05: to nearest, none would move.
   large = np.concatenate([np.abs(np.asarray(b)).ravel() for _, b in wide]) > 0.1
   assert 0.01 < np.mean(moved[large] != 0) < 0.5
+
+
+def test_every_step_rounds_at_random_anew():
+  trainer = learner.Learner(None, None, optax.sgd(2.0**-12), reinforce.get('rloo'),
+                            max_grad_norm=0.0)
+  state = trainer.init({'w': jnp.ones(4096, jnp.bfloat16)})
+  step = jax.jit(lambda state: trainer._apply(state, {'w': jnp.ones(4096)}, {})[0])
+  for _ in range(50):
+    state = step(state)
+  moved = 1 - np.asarray(state.params['w'], np.float32)
+  # Each step moves one weight of 16; always the same ones if the noise stays.
+  assert (moved > 0).mean() > 0.9
+  np.testing.assert_allclose(moved.mean(), 50 / 4096, rtol=0.1)
+
+
+def test_at_another_temperature_the_samplers_own_numbers_are_the_old_ones():
+  rows = rows_lib.rows(2)
+  for temperature, name in ((1.0, 'model_logprobs'), (0.5, 'sampler_logprobs')):
+    trainer = learner.of_decoder(CONFIG, RECORD, reinforce.get('rloo'), old_logprobs='sampler',
+                                 temperature=temperature)
+    batch, = trainer.prepare(rows, None).parts[0]
+    want = sorted(x for row in rows for x in getattr(row, name))
+    for got_BT in (batch.old_logprobs_BT, batch.model_logprobs_BT):
+      np.testing.assert_allclose(sorted(got_BT[batch.mask_BT > 0]), want, rtol=1e-6)
+
+
+def test_of_rows_without_any_advantage_one_is_computed():
+  trainer = learner.of_decoder(CONFIG, RECORD, reinforce.get('rloo'), skip_zero_rows=True)
+  work = trainer.prepare(rows_lib.rows(4, reward=0.5), None)
+  assert work.metrics['rows_without_advantage'] == 4
+  assert [(batch.segments_BT.max(1) > 0).sum() for batch in work.parts[0]] == [1]
+
+
+def test_gradients_are_summed_in_the_dtype_asked_for(params):
+  for dtype in ('float32', 'bfloat16'):
+    trainer = learner.of_decoder(CONFIG, RECORD, reinforce.get('rloo'), accumulate_dtype=dtype)
+    batch = trainer.prepare(rows_lib.rows(2), None).parts[0][0]
+    gradient = functools.partial(trainer._gradient, frozen=None, size=8)
+    found, _ = jax.eval_shape(gradient, params, batch=batch)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
 
 
 def test_parameters_of_numpy_can_be_trained_on_a_mesh(params):

@@ -104,6 +104,13 @@ def test_no_program_holds_all_logits():
   assert temp_bytes(lambda h, w: logprobs.score(h, w, target, chunk=32)) < whole / 2
 
 
+def test_a_chunk_is_as_large_as_the_vocabulary_allows(monkeypatch):
+  monkeypatch.setattr(logprobs, '_CHUNK_LOGITS', 16 * 40)
+  program = str(jax.make_jaxpr(logprobs.score)(
+      jnp.zeros((64, 4)), jnp.zeros((40, 4)), jnp.zeros(64, jnp.int32)))
+  assert '16,40]' in program and '64,40]' not in program
+
+
 def test_blocks_equal_one_another_and_their_table_gradients_add():
   hidden, table, target = _inputs(3)
   blocks = hidden[:36].reshape(3, 12, D), target[:36].reshape(3, 12)

@@ -4,6 +4,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from absolute_zero_jax import learner, optimizer
 
@@ -31,8 +32,20 @@ def test_stochastic_rounding_keeps_the_mean_and_what_is_exact():
   exact = jnp.array([0.0, -1.5, jnp.inf, -jnp.inf])
   np.testing.assert_array_equal(
       optimizer.round_to(exact, jnp.dtype('bfloat16'), jax.random.key(1)), exact)
-  assert jnp.isnan(optimizer.round_to(jnp.array([jnp.nan]), jnp.dtype('bfloat16'),
-                                      jax.random.key(1)))[0]
+  # Of all bits, to which noise is added: unguarded, the last is -0.
+  nans = jax.lax.bitcast_convert_type(jnp.uint32([0x7FC00000, 0x7F800001, 0x7FFFFFFF]), jnp.float32)
+  assert jnp.isnan(optimizer.round_to(nans, jnp.dtype('bfloat16'), jax.random.key(1))).all()
+  a, b = optimizer.round_tree([x[:99]] * 2, [x[:99].astype(jnp.bfloat16)] * 2, jax.random.key(2))
+  assert (a != b).any()                        # each leaf has its own noise
+
+
+def test_rates_by_hand():
+  rate = optimizer.learning_rate_schedule(1.0, schedule='cosine', warmup_steps=4, steps=8)
+  np.testing.assert_allclose([rate(i) for i in range(9)], [
+      0.25, 0.5, 0.75, 1, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0], atol=1e-6)
+  learner.make_optimizer(schedule='cosine', warmup_steps=4, steps=5)
+  with pytest.raises(ValueError, match='steps=4; set it to the length of the run'):
+    learner.make_optimizer(schedule='cosine', warmup_steps=4, steps=4)
 
 
 def test_weight_decay_may_spare_norms_and_biases():
@@ -63,3 +76,26 @@ def test_muon_keeps_second_moments_of_bfloat16_weights_in_float32():
   change, _ = after(state, 0.1, 6000)
   # Where the moment froze at 1, the step would be a tenth of the rate.
   np.testing.assert_allclose(np.asarray(change['embed'], np.float32), -1e-3, rtol=0.4)
+
+
+def test_muon_turns_each_layers_matrix_as_a_whole_at_adamws_size():
+  shapes = {'q': (2, 12, 2, 3), 'o': (2, 2, 3, 12), 'up': (2, 12, 6)}
+  rows = {'q': 12, 'o': 6, 'up': 12}
+  keys = dict(zip(shapes, jax.random.split(jax.random.key(0), 3)))
+  gradient = {'layers': {n: jax.random.normal(keys[n], shape) for n, shape in shapes.items()}}
+  params = jax.tree.map(jnp.ones_like, gradient)
+  tx = learner.make_optimizer(1.0, name='muon')
+  change = jax.jit(lambda: tx.update(gradient, tx.init(params), params)[0])()
+  for name, x in change['layers'].items():
+    values = np.linalg.svd(np.asarray(x).reshape(2, rows[name], -1), compute_uv=False)
+    assert values.max() < 2 * values.min(), name       # of the gradient itself: 3 times and more
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(x))), 0.2, rtol=0.2)
+
+
+def test_muon_decays_matrices_alone():
+  params = {'embed': jnp.ones((4, 2)), 'layers': {'up': jnp.ones((2, 4, 2))}}
+  zero = jax.tree.map(jnp.zeros_like, params)
+  tx = learner.make_optimizer(0.1, name='muon', weight_decay=0.5)
+  change = jax.jit(lambda: tx.update(zero, tx.init(params), params)[0])()
+  assert not change['embed'].any()
+  np.testing.assert_allclose(change['layers']['up'], -0.05, rtol=1e-6)

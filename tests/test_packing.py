@@ -19,7 +19,7 @@ def test_no_token_is_lost_or_doubled_by_the_layout(pack, seed):
   blocks, budget = int(rng.choice([1, 2, 4])), int(rng.choice([64, 256, 1024]))
   layout = packing.plan(rows, micro_batch_tokens=budget, blocks=blocks, pack=pack)
   values = [rng.random(len(r.response_ids)) for r in rows]
-  batches = packing.fill(layout, rows, advantages=values)
+  batches = packing.fill(layout, rows, range(len(rows)), advantages=values)
   assert sum(int((b.segments_BT > 0).sum()) for b in batches) == sum(
       len(r.prompt_ids) + len(r.response_ids) for r in rows)
   for batch in batches:
@@ -30,13 +30,14 @@ def test_no_token_is_lost_or_doubled_by_the_layout(pack, seed):
             for b in batches]
   for got, want in zip(packing.take_rows(layout, rows, batches, scored), values):
     np.testing.assert_allclose(got, want, rtol=1e-6)
-  for row, place in zip(rows, layout.places):
+  for i, (row, place) in enumerate(zip(rows, layout.places)):
     batch, size = batches[place.batch], len(row.prompt_ids) + len(row.response_ids)
     span = slice(place.start, place.start + size)
     np.testing.assert_array_equal(batch.tokens_BT[place.line, span],
                                   [*row.prompt_ids, *row.response_ids])
     np.testing.assert_array_equal(batch.positions_BT[place.line, span], np.arange(size))
     assert (batch.segments_BT[place.line, span] == place.segment).all()
+    assert (batch.groups_BT[place.line, place.first:place.start + size] == i).all()
 
 
 @pytest.mark.parametrize('pack', [False, True])
@@ -66,6 +67,39 @@ def test_a_shared_prompt_is_held_once_and_its_last_token_by_every_row(pack):
     np.testing.assert_array_equal(read(place.start, end, 'positions_BT'),
                                   np.arange(P - 1, P + len(row.response_ids)))
     np.testing.assert_allclose(read(place.first, end, 'advantages_BT'), value, rtol=1e-6)
+    # Responses see the prompt, whose number is a multiple, and not one another.
+    assert set(read(place.shared, place.shared + P - 1, 'segments_BT')) <= {
+        place.segment // packing.GROUP * packing.GROUP}
+
+
+def _rows(prompt, *responses, **fields):
+  """Rows that answer one prompt, by their lengths."""
+  return [learner.Row(range(1, prompt + 1), [7] * n, [0.0] * n, [0.0] * n, 1.0, 'k', 'solve', 0,
+                      **fields) for n in responses]
+
+
+def test_lines_are_filled_to_the_last_token():
+  # 40 + 6 * (1 + 9) are twice the longest row, as much as a line of shared prompts may hold.
+  for count, lines in ((6, 1), (7, 2)):
+    layout = packing.plan(_rows(41, *[9] * count), micro_batch_tokens=200, share_prompts=True,
+                          buckets=(100,))
+    assert layout.shapes[0][:2] == (lines, 100)
+  layout = packing.plan(_rows(20, 12, 12), micro_batch_tokens=64, pack=True)
+  assert [(p.line, p.start) for p in layout.places] == [(0, 0), (0, 32)]
+
+
+def test_a_prompt_with_more_answers_than_segment_numbers_is_held_again(monkeypatch):
+  monkeypatch.setattr(packing, 'GROUP', 4)
+  layout = packing.plan([*_rows(5, *[2] * 7), *_rows(30, 2)], micro_batch_tokens=128, pack=True,
+                        share_prompts=True, buckets=(64,))
+  segments = [p.segment for p in layout.places[:7]]
+  assert len(set(segments)) == 7 and not any(segment % 4 == 0 for segment in segments)
+
+
+def test_scored_tokens_are_dealt_evenly_to_blocks():
+  layout = packing.plan(_rows(5, 40, 10, 10, 10, 10), micro_batch_tokens=8 * 45, blocks=2,
+                        buckets=(45,))
+  assert layout.shapes == ((8, 45, 45),)     # in turn: 60 tokens to score in the first block
 
 
 def test_packing_wastes_less_than_padding():
@@ -90,6 +124,9 @@ def test_on_request_the_last_micro_batch_is_as_large_as_the_others():
       rows_lib.rows(n, n, 200), micro_batch_tokens=1024, pack=True, buckets=(256,),
       few_shapes=few).shapes} for few in (False, True)}
   assert shapes[True] == {(4, 256)} < shapes[False]
+  five = packing.plan(rows_lib.rows(5, longest=2, prompt_ids=[1] * 200), micro_batch_tokens=1024,
+                      pack=True, buckets=(256,))
+  assert [shape[:2] for shape in five.shapes] == [(4, 256), (1, 256)]
 
 
 def test_few_shapes_whatever_the_lengths():
@@ -132,6 +169,8 @@ def test_the_rollout_numbers_roles_kinds_and_prompts():
   for row, reward_T, mask_T in zip(rows, r.reward_BT, r.mask_BT):
     n = len(row.response_ids)
     assert reward_T[n - 1] == row.reward == reward_T.sum() and mask_T.sum() == n
+  row, = _rows(1, 3, mask=[True, True, False])
+  assert packing.rollout([row])[1].reward_BT.tolist() == [[0, 1, 0]]
 
 
 @pytest.mark.parametrize('change', [

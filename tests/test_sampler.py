@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference_models
 
-from absolute_zero_jax import batching, decoding, sampler, schedule, sharding
+from absolute_zero_jax import batching, decoding, sampler, sharding
 from absolute_zero_jax.models import decoder, hf
 from absolute_zero_jax.models.config import ModelConfig
 
@@ -197,6 +197,14 @@ def test_a_stop_token_ends_a_row_and_stays_in_it():
   assert ended >= 4
 
 
+def test_what_a_row_that_rests_would_draw_ends_nothing():
+  stops = set(range(1, 31))
+  requests = [sampler.Request(_prompt(6, i), samples=4, max_new_tokens=m)
+              for i, m in enumerate((1, 2, 24))]
+  for s in sum(_sampler(slots=16, stop_ids=stops).generate(_params(), requests, KEY), []):
+    assert s.finish == ('stop' if s.ids[-1] in stops else 'length')
+
+
 def test_stop_fn_cuts_a_row_and_others_go_on():
   seen = []
 
@@ -212,6 +220,10 @@ def test_stop_fn_cuts_a_row_and_others_go_on():
   assert len(out[1][0].sampler_logprobs) == len(out[1][0].model_logprobs) == 3
   assert [len(ids) for request, ids in seen if request == 0] == [4, 8, 12, 16, 20, 24]
   assert [len(ids) for request, ids in seen if request == 1] == [4]
+  nothing, = _shared_sampler().generate(_params(), requests[:1], KEY, stop_fn=lambda *seen: 0)
+  assert (nothing[0].ids, nothing[0].model_logprobs, nothing[0].finish) == ((), (), 'stop')
+  with pytest.raises(ValueError, match='stop_fn keeps 5 tokens of a response of 4'):
+    _shared_sampler().generate(_params(), requests[:1], KEY, stop_fn=lambda *seen: 5)
 
 
 def test_rows_leave_as_they_finish():
@@ -276,7 +288,8 @@ def test_prompts_and_prefixes_are_prefilled_once():
   requests += [sampler.Request(begin + (1,)), sampler.Request(_prompt(3, 3))]
   ours = _sampler(slots=32)
   out = ours.generate(_params(), requests, KEY, temperature=0.0)
-  assert ours.stats()['prefill_tokens'] == 60 + 4 + 5 + 6 + 2   # of 8 * 198 + 64 tokens
+  assert ours.stats()['prefill_tokens'] == 60 + 4 + 5 + 6 + 2
+  assert ours.stats()['prompt_tokens'] == 8 * 198 + 64
   for request, samples in zip(requests, out):
     logp_TV = _logprobs(request.prompt_ids, samples[0].ids)
     assert len({s.ids for s in samples}) == 1
@@ -327,26 +340,10 @@ def test_impossible_samplers_are_refused(changes, message):
     _sampler(**changes)
 
 
-def test_schedules():
-  assert schedule.ladder(64, 600) == (64, 96, 128, 192, 256, 384, 512, 768)
-  assert schedule.fit((64, 96, 128), 65) == 96
-  assert [schedule.width(n) for n in (1, 2, 3, 33)] == [1, 2, 4, 64]
-  assert schedule.width(3, shards=6) == 6 and schedule.width(7, shards=6) == 12
-  assert schedule.batches(23, 64) == [16, 4, 1, 1, 1] and schedule.batches(5, 2) == [1] * 5
-  assert schedule.batches(23, 20, padded=True) == [16, 16] and schedule.batches(1, 64, True) == [1]
-  with pytest.raises(ValueError, match='holds 129'):
-    schedule.fit((64, 128), 129)
-
-
-def test_shared_prefixes_save_the_most_tokens():
-  a, b = tuple(range(40)), tuple(range(100, 150))
-  contexts = [a + (1,), a + (2,), a, b + (1,), b + (2, 3), (7,), ()]
-  found = schedule.shared_prefixes(contexts, 32)
-  assert found == {a + (1,): a, a + (2,): a, a: a, b + (1,): b, b + (2, 3): b, (7,): (), (): ()}
-  # One prefix of 40 for nine rows saves more than one of 60 for two of them.
-  deep = [a + (i,) for i in range(7)] + [a + tuple(range(50, 70)) + (i,) for i in range(2)]
-  assert {len(p) for p in schedule.shared_prefixes(deep, 32).values()} == {40}
-  assert set(schedule.shared_prefixes([a + (1,), a + (2,)], 41).values()) == {()}
+def test_only_ids_with_a_text_of_their_own_may_be_drawn():
+  barred = lambda **options: np.flatnonzero(~_sampler(**options)._allowed_V).tolist()
+  assert barred(pad_id=3) == [3] and barred(pad_id=3, stop_ids=[3]) == []
+  assert barred(pad_id=3, vocab=59) == [3, 59, 60]
 
 
 def test_keys_of_the_older_kind_draw_the_same_and_numbers_are_no_keys():
