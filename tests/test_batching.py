@@ -32,3 +32,8 @@ def test_once_there_are_many_prefills_reuse_shapes_that_hold_them():
   assert chosen(2, 48, 0, False) == [(1, 64), (1, 64)]
   assert chosen(2, 48, 32, True) == [(16, 64)]                           # behind a prefix
   assert chosen(2, 48, 32, False) == [(1, 64), (1, 64)]                  # the longest, one by one
+
+
+def test_a_batch_is_never_wider_than_its_slots():
+  ours = sampler.Sampler(CONFIG, pad_id=0, stop_ids=[], slots=4, min_slots=8)
+  assert ours._widths == (4, 4)
