@@ -148,7 +148,7 @@ def _refuses(check, options):
     ('score_timeout_s', 60.1, True)])
 def test_the_config_refuses_what_the_executor_would(field, value, refused):
   usual = {name: p.default for name, p in inspect.signature(client.Executor).parameters.items()}
-  assert _refuses(client._check_options, usual | {field: value}) == refused
+  assert _refuses(client.check_options, usual | {field: value}) == refused
   c = config.get_config()
   c.executor[field] = value
   assert _refuses(config.validate, c) == refused

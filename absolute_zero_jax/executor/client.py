@@ -70,9 +70,6 @@ class Executor:
                nice: int = 10, cores: Sequence[int] = (), per_worker: int = 1,
                recycle_forks: int = 20000):
     check_options(locals())
-    if workers % 2:
-      raise ValueError(f'workers={workers} must be even: half of them has another hash seed; try '
-                       f'{workers + 1}.')
     workers = workers or auto_workers()
     modules = sorted(_MODULES if modules is None else modules)
     rules = {'equality': equality, 'enforce_policy': policy, 'modules': modules,
@@ -170,6 +167,9 @@ def check_options(o: dict) -> None:
     if not isinstance(o[name], kind) or not low <= o[name] <= high:
       raise ValueError(f'{name}={o[name]!r} must be {"a number" if "_s" in name else "an integer"} '
                        f'in [{low}, {high}].')
+  if 'per_worker' in o and o['workers'] % 2:             # the local service
+    raise ValueError(f'workers={o["workers"]} must be even: half of them has another hash seed; '
+                     f'try {o["workers"] + 1}.')
 
 
 def checked(job: Job) -> Job:
