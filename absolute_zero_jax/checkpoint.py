@@ -40,9 +40,10 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: epath.PathLike, *, keep: int = 2):
-    make = lambda: ocp.CheckpointManager(
-        metrics.absolute(workdir) / 'checkpoints', item_names=('state', 'host'),
-        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+    def make():
+      return ocp.CheckpointManager(
+          metrics.absolute(workdir) / 'checkpoints', item_names=('state', 'host'),
+          options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
     try:
       self._manager = make()
     except FileNotFoundError:    # a step that the process's last run was still deleting
@@ -123,7 +124,7 @@ def _interrupted(error: BaseException | None) -> bool:
 
 
 def checksum(tree: Any) -> int:
-  """A number that any flipped bit of the arrays changes, and their shardings do not."""
+  """A number that a flipped bit of the arrays changes, and their shardings do not."""
   # Integers, whose sum is the same in any order.
   return zlib.crc32(np.array(jax.device_get([_sum_of_bits(x) for x in jax.tree.leaves(tree)])))
 

@@ -22,6 +22,10 @@ def _task(program=SOURCE):
     ('So the output is: `[1, 2]`.', '[1, 2]'), ('the output is 1.', '1'), ('Output:\n12', '12'),
     ('The output is:\n\n7', '7'), ('Output:\n\n7', '7'), ('the output is [1].', '[1]'),
     ('# Output: 7.', '7'), ('Given\n```python\ndef f(a): pass\n```\nthe output is 7', '7'),
+    ('The output is:\n```\n7\n```\nf adds one.', '7'),
+    ('Output:\n```\n7\n```\nThis follows since f adds.', '7'),
+    ('First the output is computed by adding.\n```\n7\n```', '7'),
+    ('```\n7\n```\nSo the output is as given above.', '7'), ('the output is ...', '...'),
     ('```message\nhi\n```\n<output>7</output>', '7'), ('```\n7\n```\nfor\n```message\n6\n```', '7'),
     ("'the output is 5'", "'the output is 5'"), ('f(3)', 'f(3)'), ('7', '7')])
 def test_an_answer_in_words_is_read(answer, want):
@@ -43,7 +47,8 @@ def test_of_several_ways_to_answer_the_plainest_counts(answer, want):
 
 @pytest.mark.parametrize('given, want', [
     ("''.join(['A'] * 3)", "'AAA'"), ("'$x'.upper(), '$'", "'$X', '$'"),
-    ('sorted([3, 1])', '[1, 3]'), ('[i for i in range(3)]', None), ('open(1)', None),
+    ('sorted([3, 1])', '[1, 3]'), ('f(sorted([3, 1]))', '[1, 3]'), ('f(1) + f(2)', None),
+    ('[i for i in range(3)]', None), ('open(1)', None),
     ('min(i for i in range(3) if i > 1)', None)])
 def test_an_abduction_may_work_out_constants_and_search_for_none(given, want):
   kind = tasks.get('abduction')
@@ -89,6 +94,7 @@ _DOCUMENTED = '''def f(x):
     ('It will return x + 12 at times.', 'def f(x):\n    return x + 1', False),
     ('It will return x + 1.', 'def f(x):\n    return x + 1', True),
     ('It is x * 3 - 10 + x', 'def f(x): return x * 3 - 10 + x', False),
+    ('So return x * 2 + 100', 'def f(x):\n  "doc"; return x * 2 + 100', True),
     ('So return x * 3 - 10', 'def f(x): return x * 3 - 10', True)])
 def test_a_message_may_repeat_what_is_said_and_not_the_code(message, program, told):
   answer = f'```input\n1\n```\n```input\n2\n```\n```message\n{message}\n```'

@@ -41,6 +41,7 @@ def test_it_is_off_by_default():
     ('def f(a):\n  return g_0(a)', 'composite_wrapper'),
     ('def f(a):\n  "Doubles."\n  pass\n  return g_0(x=a)', 'composite_wrapper'),
     ('def f(a):\n  y = g_0(a)\n  return y', 'composite_wrapper'),
+    ('def f(a):\n  y: int = g_0(a)\n  return y', 'composite_wrapper'),
     ('def f(a):\n  y = g_0(a)\n  return a', ''),
     ('def f(a):\n  y = g_0(a)\n  return y + 1', ''),
     ('def g_0(x):\n  return 1\ndef f(a):\n  return g_0(a) + 1', 'composite_redefined'),
@@ -143,7 +144,9 @@ def test_what_a_part_imports_is_not_bound_anew():
   body = 'def f(x):\n  return g_0(x) + 1'
   for line in ('def gcd(a, b): return 0', 'from statistics import mean as gcd', 're = 1'):
     assert composite.refusal(f'{line}\n{body}', [part]) == 'composite_redefined'
-  assert composite.refusal(f'import re\nfrom math import gcd\n{body}', [part]) == ''
+  for line in ('import re\nfrom math import gcd', 'def h(re):\n  gcd = re\n  return gcd'):
+    assert composite.refusal(f'{line}\n{body}', [part]) == ''
+  assert composite.refusal(f'import re\nre = 1\n{body}', [part]) == 'composite_redefined'
 
 
 def test_parts_that_break_each_other_are_not_drawn_together():

@@ -150,6 +150,16 @@ def test_what_a_program_may_show_is_part_of_its_key(source, this, other):
   assert identity.key('k', source) != identity.key('k', source.replace(this, other))
 
 
+@pytest.mark.parametrize('change', [
+    ('x', 'y'), ('def f(x)', 'def f(x: int)'), ('    try', '    pass\n    try'),
+    ('    try', '    "says"\n    try')])
+def test_of_a_program_that_reads_a_name_only_that_counts(change):
+  source = ('def f(x):\n    try:\n        return 1 / x\n    except TypeError as e:\n'
+            '        return type(e).__name__')
+  assert identity.key('k', source) == identity.key('k', source.replace(*change, 1).replace(
+      '1 / x', '1 / y' if change == ('x', 'y') else '1 / x'))
+
+
 def test_a_key_is_the_same_on_every_python():
   """Pinned on Python 3.11, whose `ast.dump` it then was."""
   source = '''

@@ -203,6 +203,7 @@ class _Walk:
   def __init__(self, modules: frozenset[str], source: str):
     self._modules, self._source = modules, source
     self._aliases: dict[str, str] = {}           # names that are modules: their dotted paths
+    self._paths: dict[int, str] = {}             # the same of nodes, by their id
 
   def check(self, tree: ast.Module) -> None:
     attributes, names, bound = [], [], set()     # judged last, when every alias is known
@@ -227,7 +228,7 @@ class _Walk:
       elif t is ast.arg:
         bound.add(node.arg)
       elif t in _BINDING:
-        bound.add(getattr(node, 'name', None) or getattr(node, 'rest', None))
+        bound.add(getattr(node, 'name', None) or getattr(node, 'rest', None) or '_')
       elif t is ast.MatchClass:
         for name in node.kwd_attrs:
           self._attribute_name(name)
@@ -235,7 +236,7 @@ class _Walk:
         for alias in node.names:
           self._allow(alias.name)
           root = alias.name.partition('.')[0]
-          self._aliases[alias.asname or root] = alias.name if alias.asname else root
+          self._alias(alias.asname or root, alias.name if alias.asname else root)
       elif t is ast.ImportFrom:
         self._import_from(node)
       elif t is ast.AsyncFunctionDef or t is ast.Await:
@@ -251,8 +252,7 @@ class _Walk:
     # A module that is passed on as a value would hide what is taken from it.
     receivers = {id(node.value) for node in attributes}
     for node in [*names, *attributes]:
-      name = getattr(node, 'id', None)
-      if id(node) not in receivers and self._path(node) and name not in bound:
+      if id(node) not in receivers and self._path(node) and getattr(node, 'id', '') not in bound:
         raise PolicyError(f'module {ast.unparse(node)[:40]} as a value')
 
   def _allow(self, name: str) -> None:
@@ -271,7 +271,11 @@ class _Walk:
           or not _is_below(path, node.module)):
         raise PolicyError(f'import {node.module[:40]}.{name[:40]}')
       if path:
-        self._aliases[alias.asname or name] = path
+        self._alias(alias.asname or name, path)
+
+  def _alias(self, name: str, path: str) -> None:
+    if self._aliases.setdefault(name, path) != path:
+      raise PolicyError(f'two modules as {name[:40]}')
 
   def _name(self, name: str) -> None:
     if (_is_dunder(name) and name not in _SAFE_DUNDERS
@@ -292,13 +296,15 @@ class _Walk:
 
   def _path(self, node: ast.expr) -> str:
     """The dotted path of the module that a name, or an attribute of a module, is; or ''."""
-    names = []
-    while isinstance(node, ast.Attribute):
-      names.append(node.attr)
+    chain = []
+    while isinstance(node, ast.Attribute) and id(node) not in self._paths:
+      chain.append(node)
       node = node.value
-    path = self._aliases.get(node.id, '') if isinstance(node, ast.Name) else ''
-    for name in reversed(names):
-      path = path and _module_path(path, name)
+    path = self._paths.get(id(node), '')
+    if isinstance(node, ast.Name):
+      path = self._aliases.get(node.id, '')
+    for attribute in reversed(chain):
+      path = self._paths[id(attribute)] = path and _module_path(path, attribute.attr)
     return path
 
   def _text(self, text: str) -> None:
@@ -316,7 +322,9 @@ def _module_path(module: str, name: str) -> str:
     return ''
   try:
     value = getattr(importlib.import_module(module), name, None)
-  except ImportError:
+    if value is None:                  # a module below that nobody has imported yet
+      value = importlib.import_module(f'{module}.{name}')
+  except (ImportError, ValueError):
     return ''
   return value.__name__ if isinstance(value, types.ModuleType) else ''
 

@@ -10,8 +10,9 @@ has processes drives it:
 
 'validate' runs each input twice in one process of group 'a', then once in a process of group 'b',
 which has another hash seed and another address layout, in reverse order, so that what one input
-leaves behind for the next shows. 'run' runs each input once, anywhere; where modules of
-the program may keep what one input leaves, each in a process of its own. An input that kills its
+leaves behind for the next shows. 'run' runs each input once, anywhere, or always
+under one hash seed where that may decide the result; where modules of the program may keep what one
+input leaves, each in a process of its own. An input that kills its
 process costs that input only: the rest run in a fresh one. One that met a limit after others had
 used some of it runs once more, in front of the rest.
 """
@@ -32,8 +33,8 @@ MAX_CALLS = 64              # inputs in one process
 _MAX_NESTED = 4             # calls of f in one input
 _MAX_DEATHS = 3             # processes of one job that may die before the rest is given up
 _FORGOTTEN = object()
-# Texts whose result the hash seed may decide: sets, written as `{1}` too, and hashes.
-_HASHED = re.compile(r'\b(?:set|frozenset|hash|id)\b|\{[^:{}]*(?:[,}]| for )')
+# Of texts whose result the hash seed may decide: sets, written as `{1}` or `d.keys() & e` too.
+_HASHED = re.compile(r'\{|\b(?:set|frozenset|hash|id|keys|items)\b')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,9 +100,11 @@ def refusal(source: str, parts: Sequence[Task]) -> str:
   main = program.main_function(tree) if tree else None
   if main is None:
     return 'no_function'
-  bound, imported = program.bound_names(tree), program.imported_names(source)
+  bound, imported = set(program.bound_names(tree)), program.imported_names(source)
+  at_top = program.block_names(tree.body).union(
+      *(node.names for node in ast.walk(tree) if isinstance(node, ast.Global)))
   for name, target in (pair for part in parts for pair in _names(part.program).items()):
-    if name in bound and not (target and imported.get(name) == target):
+    if name in (at_top if target else bound) or imported.get(name, target) != target:
       return 'composite_redefined'
   own = set(program.bound_names(main))
   calls = {}
@@ -121,9 +123,9 @@ def _is_wrapper(main: ast.FunctionDef) -> bool:
   body = [s for s in main.body if not isinstance(s, ast.Pass) and not (
       isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
   value = body.pop().value if body and isinstance(body[-1], ast.Return) else None
-  if isinstance(value, ast.Name) and len(body) == 1 and isinstance(body[0], ast.Assign):
-    names = [getattr(target, 'id', None) for target in body[0].targets]
-    value = body.pop().value if names == [value.id] else value
+  if isinstance(value, ast.Name) and len(body) == 1 and isinstance(
+      body[0], ast.Assign | ast.AnnAssign) and value.id in program.bound_names(body[0]):
+    value = body.pop().value
   if body or not isinstance(value, ast.Call):
     return False
   given = [*value.args, *(k.value for k in value.keywords)]
@@ -133,7 +135,7 @@ def _is_wrapper(main: ast.FunctionDef) -> bool:
 
 def _names(source: str) -> dict[str, str]:
   """The names that a text binds at its top level, or imports, and what the latter stand for."""
-  return dict.fromkeys(program.top_level_names(source), '') | program.imported_names(source)
+  return program.imported_names(source) | dict.fromkeys(program.top_level_names(source), '')
 
 
 def join(source: str, parts: Sequence[Task]) -> str:

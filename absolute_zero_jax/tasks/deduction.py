@@ -142,8 +142,10 @@ def arguments_of(given: str, search: bool = True) -> str | None:
   """
   found = text.arguments(given)
   if found is None and (search or not re.search(r'\bfor\b', given)):
+    call = re.fullmatch(r'f\((.*)\)', given.strip(), re.S)
     try:
-      found = literals.parse_inputs(given).text or None      # sorted([3, 1]), 'x'.upper()
+      # sorted([3, 1]), 'x'.upper()
+      found = literals.parse_inputs(call[1] if call else given).text or None
     except literals.LiteralError:
       pass
   return found
@@ -160,11 +162,15 @@ def answer_text(answer: str, label: str) -> str | None:
   blocks = text.fences(answer)
   found = text.last(blocks, (label,))
   if found is None:
-    found = text.labelled_line(answer, label)
+    line = text.labelled_line(answer, label)
+    found = line
     if found is None and text.arguments(answer) is None:
       found = _in_words(text.outside_fences(answer), label)
-    # A full stop at the end is the sentence's: no value is written `5.`.
-    found = found and found.strip().removesuffix('.').strip('`')
+    if found and not found.rstrip().endswith('..'):
+      # A full stop at the end is the sentence's: no value is printed as `5.`.
+      found = found.strip().removesuffix('.').strip('`')
+    if blocks and line is None and found and text.arguments(found) is None:
+      found = None                     # prose around the block that says it
   if found is None and blocks:
     # What another label marks is quoted from the question.
     found = ([b for b in blocks if b.label not in _LABELS] or blocks)[-1].body

@@ -8,9 +8,6 @@ import hashlib
 
 from absolute_zero_jax.tasks import program, text
 
-# Attributes by which names, docstrings or annotations decide what a program gives.
-_TELLING = ('__name__', '__qualname__', '__doc__', '__annotations__', 'register')
-
 
 def key(kind: str, source: str, inputs: Sequence[str] = ()) -> str:
   """Hash of a task; equal keys are duplicates.
@@ -18,8 +15,9 @@ def key(kind: str, source: str, inputs: Sequence[str] = ()) -> str:
   Formatting, comments, docstrings, annotations, statements that are never reached or do nothing,
   and names that the program binds do not count: those are replaced by their order of appearance in
   the whole program, so that it counts which scopes share one. Names that a program may show, those
-  of classes and of what is in them, are left alone, and all where it reads `__name__` or the like.
-  Text that is no Python is hashed as it stands.
+  of classes and of what is in them, are left alone. What a program may read of its functions
+  (`__name__`, `__doc__`, `__annotations__`) counts where it does. Text that is no Python is hashed
+  as it stands.
   """
   tree = text.parse(source)
   said = source if tree is None else _canonical(tree)
@@ -43,16 +41,18 @@ def has_unreachable(source: str) -> bool:
 
 
 def _canonical(tree: ast.Module) -> str:
-  if any(isinstance(node, ast.Attribute) and node.attr in _TELLING for node in ast.walk(tree)):
-    return _dump(tree)
-  _drop_idle(tree)
-  tree = _Plain().visit(tree)
+  read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+  _drop_idle(tree, docstrings='__doc__' not in read)
+  if not read & {'__annotations__', 'register'}:       # of functools.singledispatch
+    tree = _Plain().visit(tree)
   nodes = list(ast.walk(tree))
   # Left alone: f, and names that are also reached by their text: as attribute or keyword.
   classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
   fixed, has_class = {'f'}, bool(classes)
   for node in classes:
     fixed |= {node.name} | program.block_names(node.body)
+  if read & {'__name__', '__qualname__', 'register'}:
+    fixed |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
   imported = {(node.asname or node.name).split('.')[0] for node in nodes
               if isinstance(node, ast.alias)}
   for node in nodes:
@@ -154,7 +154,7 @@ def _dump(value: object) -> str:
   return f'{type(value).__name__}({", ".join(fields)})'
 
 
-def _drop_idle(tree: ast.AST) -> bool:
+def _drop_idle(tree: ast.AST, docstrings: bool = True) -> bool:
   """Takes out statements that are never reached or do nothing; whether there were any of those."""
   unreachable = False
   for node in ast.walk(tree):
@@ -164,7 +164,8 @@ def _drop_idle(tree: ast.AST) -> bool:
         continue
       end = next((i for i, statement in enumerate(block, 1) if _leaves(statement)), len(block))
       unreachable |= end < len(block)
-      kept = [statement for statement in block[:end] if not _is_idle(statement)]
+      kept = [statement for n, statement in enumerate(block[:end])
+              if not _is_idle(statement) or (n == 0 and not docstrings)]
       kept += filter(_makes_generator, block[end:])
       setattr(node, field, kept if kept or field != 'body' else [ast.Pass()])
   return unreachable

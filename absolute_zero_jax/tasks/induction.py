@@ -175,6 +175,6 @@ def _tells_code(message: str, source: str) -> bool:
   first, *body = program.without_docstrings(source).splitlines() or ['']
   head = re.search(r'\)\s*+(->[^:]*+)?:', first)
   body.append(first[head.end():] if head else first)           # def f(x): return ...
-  lines = (line.strip() for line in body)
+  lines = (line.strip(' \t;') for line in body)
   return any(len(line) >= 12 and not line.startswith('#')
              and re.search(re.escape(line) + r'(?!\w)', message) for line in lines)

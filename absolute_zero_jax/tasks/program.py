@@ -159,13 +159,14 @@ def clean(source: str, steps: Sequence[str]) -> str:
 
 
 def without_docstrings(source: str) -> str:
-  """The lines of the text that are no docstring's; the text itself where it is no Python."""
-  tree, lines = text.parse(source), source.split('\n')
-  for node in ast.walk(tree) if tree else ():
-    found = _docstring(node)
-    for row in range(found.lineno - 1, found.end_lineno) if found else ():
-      lines[row] = ''
-  return '\n'.join(lines)
+  """The text with blanks for docstrings; the text itself where it is no Python."""
+  tree, lines = text.parse(source), source.encode('utf-8', 'surrogatepass').split(b'\n')
+  for found in filter(None, map(_docstring, ast.walk(tree) if tree else ())):
+    first, last = found.lineno - 1, found.end_lineno - 1
+    rest = lines[last][found.end_col_offset:]
+    lines[first:last + 1] = [lines[first][:found.col_offset]] + [b''] * (last - first)
+    lines[last] += b' ' * (found.end_col_offset - len(lines[last])) + rest
+  return b'\n'.join(lines).decode('utf-8', 'surrogatepass')
 
 
 def main_function(tree: ast.Module) -> ast.FunctionDef | None:
@@ -337,11 +338,15 @@ def block_names(statements: Sequence[ast.stmt]) -> set[str]:
 
 
 def imported_names(source: str) -> dict[str, str]:
-  """What each name that an import binds, anywhere, stands for: {'log': 'math.log'}."""
-  tree = text.parse(source)
-  return {(a.asname or a.name).split('.')[0]: f'{getattr(node, "module", "")}.{a.name}'
-          for node in (ast.walk(tree) if tree else ())
-          if isinstance(node, ast.Import | ast.ImportFrom) for a in node.names}
+  """What each name that an import at top level binds stands for: {'log': 'math.log'}."""
+  tree, found = text.parse(source), {}
+  for node in tree.body if tree else ():
+    if isinstance(node, ast.Import):
+      found |= {a.asname or a.name.split('.')[0]: a.name if a.asname else a.name.split('.')[0]
+                for a in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      found |= {a.asname or a.name: f'{node.module}.{a.name}' for a in node.names}
+  return found
 
 
 def bound_names(tree: ast.AST) -> list[str]:
