@@ -117,8 +117,9 @@ def _parse(argv: list[str], values: flags.FlagValues):
   if remote and scheme not in _REMOTE:
     raise ValueError(f'--workdir {workdir!r}: {scheme}:// is unknown; allowed: a local folder, '
                      f'{", ".join(f"{name}://" for name in _REMOTE)}.')
-  if not remote and os.path.exists(workdir) and not os.path.isdir(workdir):
-    raise ValueError(f'--workdir {workdir!r} is a file; give a folder, which need not exist.')
+  if not remote and os.path.lexists(workdir) and not os.path.isdir(workdir):
+    raise ValueError(f'--workdir {workdir!r} is a file, or a link to nothing; give a folder, which '
+                     'need not exist.')
   return values.config, workdir
 
 

@@ -121,10 +121,17 @@ class Writer:
 
 
 def absolute(workdir: str | os.PathLike) -> epath.Path:
-  """A folder's absolute path, as orbax wants it; a URL stays as it is."""
+  """A folder's absolute path, as orbax wants it; a URL stays as it is.
+
+  Raises ValueError for a local one whose characters orbax would read as a pattern.
+  """
   if '://' in str(workdir):
     return epath.Path(workdir)
-  return epath.Path(os.path.abspath(os.path.expanduser(workdir)))
+  path = os.path.abspath(os.path.expanduser(workdir))
+  if set(path) & set('[*?\\'):
+    raise ValueError(f'workdir={path!r} has one of [ * ? \\ in it, with which no checkpoint could be '
+                     'read again; give another folder.')
+  return epath.Path(path)
 
 
 def write_atomically(path: epath.PathLike, text: str) -> None:

@@ -38,7 +38,8 @@ def load(path: epath.PathLike, kinds: Sequence[Any], submit: Callable[[Job], fut
     ValueError: no such file, an empty folder, or a row that is no seed.
   """
   path = epath.Path(path).expanduser()
-  files = sorted(path.glob('*.jsonl')) if path.is_dir() else [path]
+  # No `glob`, for which a bracket in the folder's own name is a pattern.
+  files = (sorted(p for p in path.iterdir() if p.suffix == '.jsonl') if path.is_dir() else [path])
   if not files or not path.exists():
     raise ValueError(f'selfplay.seeds={str(path)!r} is no .jsonl file and no folder of them.')
   by_name = {kind.name: kind for kind in kinds}

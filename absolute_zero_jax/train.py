@@ -98,8 +98,11 @@ def _clear(folder: epath.Path, *patterns: str) -> None:
 
 def _seed(current: Run, folder: epath.Path, console) -> None:
   wanted = current.c.seeding.tasks
-  _clear(folder, '*.jsonl')            # a play would read those of another seed run, too
-  for name, count in current.make_seeds(folder).items():
+  made = current.make_seeds(folder)
+  for path in folder.glob('*.jsonl'):
+    if path.name not in made:            # of another seed run; a play would read it, too
+      path.unlink()
+  for name, count in made.items():
     console.line(f'{folder / name}: {count} tasks'
                  + (f'; {wanted} were asked for, see seeding.patience' * (count < wanted)))
   console.line(f'Play on from them with --config.selfplay.seeds={folder}')

@@ -159,8 +159,10 @@ def test_a_mistake_in_a_users_config_is_named_with_its_file(tmp_path, capsys, te
 
 def test_a_workdir_that_is_a_file_is_refused(tmp_path, capsys):
   (tmp_path / 'file').write_text('')
-  assert main.main(['x', '--config', 'configs/smoke.py', '--workdir', str(tmp_path / 'file')]) == 2
-  assert 'is a file; give a folder' in ' '.join(capsys.readouterr().err.split())
+  (tmp_path / 'link').symlink_to('nowhere')
+  for name in ('file', 'link'):
+    assert main.main(['x', '--config', 'configs/smoke.py', '--workdir', str(tmp_path / name)]) == 2
+    assert 'is a file, or a link to nothing' in ' '.join(capsys.readouterr().err.split())
 
 
 def test_out_of_memory_says_what_to_change(monkeypatch, capsys, tmp_path):

@@ -20,6 +20,13 @@ def _write(workdir, first, steps):
   w.close()
 
 
+@pytest.mark.parametrize('name', ['lr[3]', 'a*b', 'a?', 'a\\b'])
+def test_a_workdir_that_would_be_read_as_a_pattern_is_refused(tmp_path, name):
+  with pytest.raises(ValueError, match='give another folder'):
+    metrics.absolute(tmp_path / name)
+  assert str(metrics.absolute(tmp_path / 'lr=1e-3,{a} b%41')) == str(tmp_path / 'lr=1e-3,{a} b%41')
+
+
 def test_tensorboard_reads_scalars_and_texts(tmp_path):
   _write(tmp_path, 1, [1, 2])
   events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()

@@ -50,7 +50,9 @@ def test_generated_seeds_load_again_equal(make, tmp_path, capsys, monkeypatch):
   assert 'pairs.jsonl: 6 tasks' in capsys.readouterr().out
   assert sorted(p.name for p in (tmp_path / 'a').rglob('*.*')) == [
       'config.json', 'induction.jsonl', 'pairs.jsonl']
-  c = make(selfplay__seeds=str(tmp_path / 'a' / 'seeds'))
+  seeds = tmp_path / 'seeds[1]'
+  (tmp_path / 'a' / 'seeds').rename(seeds)
+  c = make(selfplay__seeds=str(seeds))
   with run.Run(c) as current:
     for kind in c.selfplay.kinds:
       made, read = written.buffer.tasks(kind)[:6], current.buffer.tasks(kind)
@@ -73,6 +75,20 @@ def test_generated_seeds_load_again_equal(make, tmp_path, capsys, monkeypatch):
   c.selfplay.kinds = ('error',)
   with pytest.raises(config.ConfigError, match='seed files hold'):
     config.validate(c)
+
+
+def test_seeds_stay_until_there_are_others(make, tmp_path, monkeypatch):
+  c = make(selfplay__seeds=str(tmp_path / 'seeds'), selfplay__kinds=('deduction',))
+  c.command = 'seed'
+  (tmp_path / 'seeds').mkdir()
+  (tmp_path / 'seeds' / 'pairs.jsonl').write_text(
+      '{"snippet": "def f(a): return a", "input": "1"}\n')
+  def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+  monkeypatch.setattr(run.seeding, 'generate', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    train.run(c, tmp_path)
+  assert (tmp_path / 'seeds' / 'pairs.jsonl').exists()
 
 
 HELDOUT = {'selfplay__exclude': 'heldout', 'heldout__every_steps': 2, 'heldout__count': 4,
