@@ -129,8 +129,8 @@ def absolute(workdir: str | os.PathLike) -> epath.Path:
     return epath.Path(workdir)
   path = os.path.abspath(os.path.expanduser(workdir))
   if set(path) & set('[*?\\'):
-    raise ValueError(f'workdir={path!r} has one of [ * ? \\ in it, with which no checkpoint could be '
-                     'read again; give another folder.')
+    raise ValueError(f'workdir={path!r} has one of [ * ? \\ in it, with which no checkpoint could '
+                     'be read again; give another folder.')
   return epath.Path(path)
 
 
