@@ -48,6 +48,7 @@ class Checkpoints:
       self._manager = make()
     except FileNotFoundError:    # a step that the process's last run was still deleting
       self._manager = make()
+    self._checksums: dict[int, int | None] = {}      # of the steps whose host was read
 
   def latest(self) -> int | None:
     """The newest complete step, or None."""
@@ -71,6 +72,7 @@ class Checkpoints:
     if host.get('format') != FORMAT:
       raise CheckpointError(f'checkpoint {step} has format {host.get("format")!r}, this version '
                             f'reads {FORMAT}; continue it with the version that wrote it.')
+    self._checksums[step] = host.get('checksum')     # earlier versions wrote none
     return host
 
   def restore_state(self, step: int, abstract: Any) -> Any:
@@ -80,8 +82,9 @@ class Checkpoints:
     """
     state = self._restore(step, ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract))).state
-    # Checkpoints of earlier versions have no checksum.
-    if self.restore_host(step).get('checksum') not in (None, checksum(state)):
+    if step not in self._checksums:
+      self.restore_host(step)
+    if self._checksums[step] not in (None, checksum(state)):
       raise self._damaged(step, 'its arrays are not those that were saved')
     return state
 

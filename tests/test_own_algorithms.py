@@ -9,7 +9,7 @@ import pytest
 import random_rows
 import rollouts
 
-from absolute_zero_jax import learner, reinforce
+from absolute_zero_jax import learner, learner_metrics, reinforce
 from absolute_zero_jax.models import decoder
 from absolute_zero_jax.models.config import ModelConfig
 
@@ -45,6 +45,16 @@ def test_a_statistic_that_would_be_taken_for_another_is_refused(name, monkeypatc
 def test_any_other_statistic_is_a_mean_over_tokens(monkeypatch):
   monkeypatch.setattr(f'{__name__}.NAMES', ['max_ratio'])
   assert _update(Counting())['max_ratio'] == pytest.approx(3)
+
+
+class Silent(reinforce.Algorithm):
+  def loss(self, s):
+    return -s.advantage_M * s.logprob_M, {}
+
+
+def test_every_name_of_the_learners_own_is_refused():
+  own = {name for name in _update(Silent()) if '/' not in name and not name.endswith('_max')}
+  assert {'loss', 'entropy', 'advantage_abs'} <= own <= set(learner_metrics._TAKEN)
 
 
 class Old(reinforce.Algorithm):

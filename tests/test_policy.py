@@ -75,6 +75,7 @@ def test_ordinary_programs_pass(source):
     ('import json\ng = json.decoder\n' + _F, 'module json.decoder as a value'),
     ('import json\ng = json.decoder\ndef f(x):\n  try: return 1 / x\n  except ValueError: return g',
      'module json.decoder as a value'),
+    ('import re as _\ng = _\ndef f(x):\n  match x:\n    case _: return g', 'module _ as a value'),
     ('import html.parser\ndef f(x):\n  return html.parser.re.enum.sys', 'html.parser.re.enum.sys'),
     ('import math as m\ndef f(x): return m.pi\ndef g():\n  import json as m', 'two modules as m'),
     ('def f(x):\n  return __import__("os")', 'name __import__'),

@@ -366,6 +366,9 @@ def test_a_sentence_that_names_an_error_is_read():
   kind = tasks.get('error')
   assert kind.parse_answer('NoError.') == 'NoError'
   assert kind.parse_answer('```output\njson.ValueError.\n```') == 'ValueError'
+  asked = '```python\ndef f(a): pass\n```\n'
+  assert kind.parse_answer(f'{asked}The output is ValueError: bad digit.') == 'ValueError'
+  assert kind.parse_answer('The output is as follows.\n```\nKeyError\n```') == 'KeyError'
 
 
 @pytest.mark.parametrize('word, body', [

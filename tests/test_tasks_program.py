@@ -311,3 +311,9 @@ def test_only_what_needs_it_is_dedented():
   source = 'def f(x):\n  return """a\n  \nb"""'
   assert program.dedented(source) == source
   assert program.dedented('  def f(x):\n    return x\n') == 'def f(x):\n  return x\n'
+
+
+def test_a_call_of_the_old_name_is_the_input_also_of_a_long_program():
+  source = f'# {"long " * 8000}\ndef solve(x):\n  return x + 1\nprint(solve(3))'
+  made = program.prepare(source, program.Rules(max_chars=50_000))
+  assert made.call == '3' and made.source.endswith('def f(x):\n  return x + 1')

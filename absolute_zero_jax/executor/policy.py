@@ -228,7 +228,8 @@ class _Walk:
       elif t is ast.arg:
         bound.add(node.arg)
       elif t in _BINDING:
-        bound.add(getattr(node, 'name', None) or getattr(node, 'rest', None) or '_')
+        name = getattr(node, 'name', None) or getattr(node, 'rest', None)
+        bound |= {name} if name else set()         # `except E:` and `case _:` bind none
       elif t is ast.MatchClass:
         for name in node.kwd_attrs:
           self._attribute_name(name)

@@ -5,9 +5,10 @@ The proposing half is shared by the kinds whose problem is one program with one 
 error prediction extend this class and differ in what is hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import re
+from typing import Any
 
 from absolute_zero_jax.executor import literals
 from absolute_zero_jax.tasks import composite, identity, probes, program, text
@@ -151,31 +152,38 @@ def arguments_of(given: str, search: bool = True) -> str | None:
   return found
 
 
-def answer_text(answer: str, label: str) -> str | None:
+def answer_text(answer: str, label: str,
+                reads: Callable[[str], Any] = text.arguments) -> str | None:
   """What an answer says, or None when that is blank.
 
   The last block of that label, the last `# Label:` line, what stands in words outside blocks (in
   `label(...)`, in tags, after `the label is`), the last block that may hold it, or all of it.
+
+  Args:
+    reads: None for words that are only prose, around a block that says it.
 
   Source: azr_spec 5.5.
   """
   blocks = text.fences(answer)
   found = text.last(blocks, (label,))
   if found is None:
-    line = text.labelled_line(answer, label)
-    found = line
-    if found is None and text.arguments(answer) is None:
-      found = _in_words(text.outside_fences(answer), label)
-    if found and not found.rstrip().endswith('..'):
-      # A full stop at the end is the sentence's: no value is printed as `5.`.
-      found = found.strip().removesuffix('.').strip('`')
-    if blocks and line is None and found and text.arguments(found) is None:
-      found = None                     # prose around the block that says it
+    found = _unstopped(text.labelled_line(answer, label))
+  if found is None and text.arguments(answer) is None:
+    found = _unstopped(_in_words(text.outside_fences(answer), label))
+    if found is not None and blocks and reads(found) is None:
+      found = None
   if found is None and blocks:
     # What another label marks is quoted from the question.
     found = ([b for b in blocks if b.label not in _LABELS] or blocks)[-1].body
   found = (answer if found is None else found).strip()
   return found or None
+
+
+def _unstopped(said: str | None) -> str | None:
+  """Without a full stop at the end, which is the sentence's: no value is printed as `5.`."""
+  if said is None or said.rstrip().endswith('..'):
+    return said
+  return said.strip().removesuffix('.').strip('`')
 
 
 def _in_words(answer: str, label: str) -> str | None:

@@ -77,7 +77,8 @@ class Error(deduction.Deduction):
 
   def parse_answer(self, answer: str) -> str | None:
     """The first identifier of the answer, e.g. `ValueError` of `ValueError: bad digit`."""
-    found = re.search(r'[A-Za-z_]\w*(\.\w+)*', deduction.answer_text(answer, 'output') or '')
+    said = deduction.answer_text(answer, 'output', reads=re.compile('[A-Z]').match)
+    found = re.search(r'[A-Za-z_]\w*(\.\w+)*', said or '')
     return found and found[0].rsplit('.', 1)[-1]
 
   def checking_jobs(self, task: Task, answer: str) -> list[Job]:

@@ -122,12 +122,14 @@ def prepare(source: str, rules: Rules) -> Program | str:
   renamed = _rename(source, tree, rules.rename)
   if renamed in ('no_function', 'name_clash'):
     return renamed
-  if renamed != source and not call:           # the call may have been one of the old name
-    renamed, _, call = _take_call(renamed, text.parse(renamed))
-  if rules.reject_inner_tests and _has_inner_test(text.parse(renamed)):
+  if renamed != source:
+    source, tree = renamed, text.parse(renamed, len(renamed))
+    if not call:                     # it may have been one of the old name
+      source, tree, call = _take_call(source, tree)
+  if rules.reject_inner_tests and _has_inner_test(tree):
     return 'inner_test'
   try:
-    source = clean(renamed, rules.clean)
+    source = clean(source, rules.clean)
   except ValueError:       # an f-string or an integer that Python reads and does not print
     return 'syntax'
   tree = text.parse(source, len(source))
@@ -244,7 +246,7 @@ def _take_call(source: str, tree: ast.Module) -> tuple[str, ast.Module, str]:
     return source, tree, ''
   lines = source.split('\n')[:statement.lineno - 1]
   shorter = '\n'.join(lines).rstrip()
-  remaining = text.parse(shorter)
+  remaining = text.parse(shorter, len(shorter))
   if remaining is None or len(remaining.body) != len(tree.body) - 1:
     return source, tree, ''  # `x = 1; f(2)` on one line: leave it alone
   return shorter, remaining, call
